@@ -1,0 +1,1013 @@
+"""Videos, overlays, questions and chains of thought (paper Sec. 3.1): a toy 3-D world, or real footage.
+
+In:  nothing (SOURCE="toy") or a folder of mp4 files (SOURCE="videos"); phrases from assets/phrases.json.
+Out: OUT/{train,test}_{imagery,noimage,verbal}.jsonl  questions on disjoint clips, one chain of thought a file
+     OUT/rl_{train,test}.jsonl    compound questions for 4DRL (toy only)
+     OUT/pretrain{,_test}.jsonl   grounding and option rows for the tiny base (PRETRAIN_CLIPS > 0)
+     OUT/processed_data/<clip>/   frames/, masked_static_overlays/, masked_dynamic_overlays/ and rows.json
+     OUT/meta.json                constants and counts, written last: a folder without it is unfinished
+
+    python generate_data.py                                          # laptop: the toy world
+    python generate_data.py TRAIN_CLIPS=64000 SIZE=84 OUT=out/big    # more and larger, for a GPU run
+    python generate_data.py SOURCE=videos VIDEOS=clips OUT=out/real  # real video, no weights needed
+
+The stage is numpy on WORKERS processes: no torchrun, no GPU. A killed run continues when started again.
+
+Differs from the paper:
+- the toy world's masks, poses and paths are exact: no annotator, segmenter or overlay check (Eq. 2).
+- chains of thought come from templates; the same text exists without imagery and with words for places.
+- option sets do not tell the truth by the text alone: they come in opposites or in 2 x 2 squares.
+- real footage: the largest moving region is "the moving object", found by motion alone; no camera questions.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from model import set_constants
+
+# paths
+OUT = "out/toy"  # folder that is written
+VIDEOS = ""  # folder of mp4 files, searched through all its folders (SOURCE="videos")
+# data
+SOURCE = "toy"  # "toy" | "videos"
+COT = "all"  # "all" | "imagery" | "noimage" | "verbal": which chains of thought are written
+TRAIN_CLIPS = 8000  # clips of train_*.jsonl (ours)
+TEST_CLIPS = 500  # clips of test_*.jsonl, never seen in training (ours)
+RL_TRAIN_CLIPS = 2000  # clips of rl_train.jsonl (ours)
+RL_TEST_CLIPS = 250  # clips of rl_test.jsonl (ours)
+PRETRAIN_CLIPS = 0  # clips of pretrain.jsonl; 0: no pretraining files (ours)
+PRETRAIN_TEST_CLIPS = 200  # clips of pretrain_test.jsonl, and its option rows (ours)
+OPTION_ROWS = 20000  # text-only "pick the option" rows, every other one with five questions (ours)
+P_TRACK = (1.0, 1.0, 1.0, 0.4)  # chances of a clip's pretraining rows: words, words, pixels, colour (ours)
+P_OBJECT_CLIP = 0.5  # share of clips asked about objects; the others are asked about the camera (ours)
+P_CAMERA = (0.45, 0.35, 0.20)  # camera clips: one movement, two at once, two segments (ours)
+P_OBJECT_CAMERA_MOVES = 0.2  # object clips whose camera moves too (ours)
+P_SECOND_MOVER = 0.3  # object clips with two moving objects (ours)
+P_DISTANCE = 0.15  # moving objects asked about distance instead of direction (ours)
+P_SPEED = 0.15  # moving objects asked about speed as well (ours)
+P_BOX = 0.15  # moving objects asked about a box as well (ours)
+OVERLAYS = (2, 3)  # fewest and most overlays of a moving object, first and last always in (paper: 2 to 5)
+# toy world
+SIZE = 56  # side of a square frame, pixels (ours)
+FRAMES = 8  # frames of a clip (ours)
+SPACINGS = (1.0, 2.0)  # seconds between frames, one drawn per clip (ours)
+HFOV = 70.0  # horizontal field of view, degrees (ours)
+TURN = (18.0, 27.0)  # pan and tilt, degrees (ours)
+ROLL = (25.0, 40.0)  # degrees (ours)
+SLIDE = (0.32, 0.48)  # truck, pedestal and sideways motions, as a share of the depth (ours)
+DOLLY = (0.32, 0.45)  # dolly and motions in depth, as a share of the depth (ours)
+MIN_AREA = 0.03  # least visible area of an object asked about, share of the frame (ours)
+MIN_VISIBLE = 0.7  # least unoccluded share of its silhouette (ours)
+HIDDEN_AREA = 0.005  # below this share of the frame a thing is called hidden (ours)
+NOISE = 4.0  # standard deviation of the pixel noise, of 255 (ours)
+# real footage
+SEGMENTER = "motion"  # what finds the moving object: difference to the median, crude (ours)
+SAMPLE_FPS = 4.0  # frames taken per second of video (ours; paper: 1)
+MAX_FRAMES = 8  # frames of one clip; longer videos give several clips that overlap by half (ours)
+MAX_SIDE = 160  # longer side of the stored frames, pixels (ours)
+MAX_GROWTH = 4.0  # largest ratio of areas of the moving region in neighbouring frames (ours)
+MAX_JUMP = 45.0  # largest mean change of brightness between neighbouring frames, of 255 (ours)
+HELD_OUT = 0.25  # share of the scenes that go to test_*.jsonl (ours)
+# overlay
+ALPHA = 0.4  # Eq. 1 (release)
+OVERLAY_COLOUR = (255, 0, 0)  # Eq. 1, RGB (release)
+JPEG_QUALITY = 95  # frames and overlays, no chroma subsampling (ours)
+# system
+SEED = 0  # every clip's generator is a function of (SEED, split, number)
+WORKERS = os.cpu_count()  # processes; the files do not depend on it
+
+THING = "moving object"  # its phrase in real footage, which has no annotator yet
+SPLITS = ["train", "test", "rl_train", "rl_test", "pretrain", "pretrain_test"]
+FORMS = ["imagery", "noimage", "verbal"]
+# two opposites per axis, the positive one first; this order spells pairs ("Pan Right and Dolly In")
+MOVES = ["Pan Right", "Pan Left", "Tilt Up", "Tilt Down", "Roll Clockwise", "Roll Counter-Clockwise"]
+MOVES += ["Dolly In", "Dolly Out", "Truck Right", "Truck Left", "Pedestal Up", "Pedestal Down"]
+PARTNERS = [4, 5, 3, 2, 0, 1]  # the axis that each axis is confused with: pan and truck, tilt and pedestal
+# ours: no pairs of pan and truck or of tilt and pedestal, which may cancel each other
+PAIRS = [f"{MOVES[i]} and {MOVES[j]}" for i in range(12) for j in range(12) if i // 2 < j // 2 != i // 2 + 4]
+DIRECTIONS = {  # right, up, forward in the axes of the first frame's camera; "Stationary" is the last
+    "Moving Left": (-1, 0, 0), "Moving Right": (1, 0, 0), "Moving Up": (0, 1, 0), "Moving Down": (0, -1, 0),
+    "Moving Left-Up": (-1, 1, 0), "Moving Right-Down": (1, -1, 0), "Moving Left-Down": (-1, -1, 0),
+    "Moving Right-Up": (1, 1, 0), "Moving Toward Camera": (0, 0, -1), "Moving Away from Camera": (0, 0, 1),
+    "Stationary": (0, 0, 0),
+}  # fmt: skip
+DISTANCES = {  # the way at first: -1 toward the camera, 1 away from it
+    "Getting Closer to Camera": -1, "Getting Farther from Camera": 1,
+    "Maintaining Roughly the Same Distance": 0,
+    "First Getting Closer, Then Farther": -1, "First Getting Farther, Then Closer": 1,
+}  # fmt: skip
+SPEEDS = {  # share of the path that is done at time t in 0..1
+    "Constant": lambda t: t,
+    "Speeding Up": lambda t: t**2.2,
+    "Slowing Down": lambda t: 1 - (1 - t) ** 2.2,
+    "First Speeding Up, Then Slowing Down": lambda t: t - 0.9 * np.sin(2 * np.pi * t) / (2 * np.pi),
+    "First Slowing Down, Then Speeding Up": lambda t: t + 0.9 * np.sin(2 * np.pi * t) / (2 * np.pi),
+}
+COLOURS = {  # RGB, 0-255; no red, the overlay is red
+    "blue": (45, 80, 225), "green": (40, 165, 60), "yellow": (240, 220, 40),
+    "purple": (150, 45, 185), "cyan": (60, 215, 225), "white": (245, 245, 245),
+}  # fmt: skip
+# half width and half height in metres
+SHAPES = {"ball": (0.85, 0.85), "box": (0.75, 0.85), "pillar": (0.62, 1.1), "cone": (0.95, 1.05)}
+X_WORDS = ["leftmost", "left", "middle", "right", "rightmost"]
+Y_WORDS = ["top", "upper", "center", "lower", "bottom"]
+SIZE_WORDS = ["tiny", "small", "medium", "large", "huge"]
+SIZE_EDGES = [0.17, 0.21, 0.245, 0.29]  # of sqrt(area), frame widths, between the size words (ours)
+OPTION_SHARES = {  # kinds of the text-only questions
+    "single": 0.2, "pair": 0.25, "direction": 0.25, "distance": 0.08, "speed": 0.08, "colour": 0.04,
+    "box": 0.05, "both": 0.03, "sequence": 0.02,
+}  # fmt: skip
+VOCABULARY = {"single": MOVES, "pair": PAIRS, "direction": list(DIRECTIONS), "distance": list(DISTANCES)}
+VOCABULARY |= {"speed": list(SPEEDS), "colour": list(COLOURS)}
+PHRASES = json.loads(Path(__file__).with_name("assets").joinpath("phrases.json").read_text())
+
+# ---------------------------------------------------------------- toy world: rays, shapes, light
+
+
+def rotation(pan, tilt, roll):
+    """Angles (T,) in radians, positive right, up, clockwise -> rot (T, 3, 3), columns right, up, forward."""
+    zero = np.zeros_like(pan)
+    right = np.stack([np.cos(pan), zero, -np.sin(pan)], -1)
+    up = np.stack([-np.sin(pan) * np.sin(tilt), np.cos(tilt), -np.cos(pan) * np.sin(tilt)], -1)
+    forward = np.stack([np.sin(pan) * np.cos(tilt), np.sin(tilt), np.cos(pan) * np.cos(tilt)], -1)
+    c, s = np.cos(roll)[:, None], np.sin(roll)[:, None]
+    return np.stack([right * c - up * s, up * c + right * s, forward], -1)
+
+
+def view_width(hfov):
+    """Horizontal field of view in degrees -> width of the view at depth 1."""
+    return 2 * np.tan(np.radians(hfov) / 2)
+
+
+def camera_rays(rot, size, hfov):
+    """rot (T, 3, 3) -> ray of each pixel (3, T, H, W), scaled so that a ray's parameter is its depth."""
+    u = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32) * np.float32(view_width(hfov))
+    right, up, forward = rot.astype(np.float32).transpose(2, 1, 0)[..., None, None]  # each (3, T, 1, 1)
+    return right * u - up * u[:, None] + forward
+
+
+def project(points, pos, rot, hfov):
+    """Points (T, 3), camera pos (T, 3), rot (T, 3, 3) -> x, y in frame widths from the corner, depth (T,)."""
+    right, up, depth = np.einsum("tji,tj->it", rot, points - pos)
+    return 0.5 + right / depth / view_width(hfov), 0.5 - up / depth / view_width(hfov), depth
+
+
+def hit_round(origin, rays, half, shape):
+    """Ball, pillar or cone at zero: origin (3, T, 1, 1), rays (3, T, H, W) -> depth (T, H, W), normals.
+
+    All are X^2 + Z^2 = p + q Y + s Y^2 with |Y| <= half[1]; a ray that first meets the wall from inside came
+    through the flat top, so it is shaded as the top. Depth is inf where the ray misses.
+    """
+    radius, height = half
+    slope = (radius / (2 * height)) ** 2
+    cone = (slope * height**2, -2 * slope * height, slope)
+    p, q, s = {"ball": (radius**2, 0, -1), "pillar": (radius**2, 0, 0), "cone": cone}[shape]
+    (ox, oy, oz), (dx, dy, dz) = origin, rays
+    a = dx * dx + dz * dz - s * dy * dy
+    b = ox * dx + oz * dz - (q / 2 + s * oy) * dy
+    c = ox * ox + oz * oz - p - q * oy - s * oy * oy
+    root = np.sqrt(np.maximum(b * b - a * c, 0))
+    first, second = (-b - root) / a, (-b + root) / a  # (T, H, W)
+    outside = (first > 0) & (np.abs(oy + first * dy) <= height)
+    inside = (second > 0) & (np.abs(oy + second * dy) <= height)
+    depth = np.where((outside | inside) & (b * b > a * c), np.where(outside, first, second), np.inf)
+    normal = np.stack([ox + first * dx, -q / 2 - s * (oy + first * dy), oz + first * dz]) / radius
+    return depth, np.where(outside, normal, np.float32([0, 1, 0])[:, None, None, None])
+
+
+def hit_box(origin, rays, half, yaw):
+    """A box of half sizes half[0], half[1], half[0] turned by yaw -> depth (T, H, W), normal (3, T, H, W)."""
+    turn = np.float32([[np.cos(yaw), 0, -np.sin(yaw)], [0, 1, 0], [np.sin(yaw), 0, np.cos(yaw)]])
+    origin, rays = np.tensordot(turn, origin, 1), np.tensordot(turn, rays, 1)
+    reach = np.float32([half[0], half[1], half[0]])[:, None, None, None]
+    step = 1 / np.where(np.abs(rays) < 1e-6, np.float32(1e-6), rays)
+    near = -origin * step - reach * np.abs(step)  # (3, T, H, W), where the ray enters each slab
+    depth, last = near.max(0), (-origin * step + reach * np.abs(step)).min(0)
+    face = np.where(near == depth, -np.sign(rays), 0)
+    return np.where((depth < last) & (depth > 0), depth, np.inf), np.tensordot(turn.T, face, 1)
+
+
+def paint_background(pos, rays, look, shadows):
+    """Ground, shadows, mountains, sky and sun -> colour (T, H, W, 3), depth (T, H, W), is_sun (T, H, W)."""
+    dx, dy, dz = rays
+    depth = np.where(dy < 0, pos[:, 1, None, None] / np.maximum(-dy, 1e-6), np.inf).astype(np.float32)
+    far = np.minimum(depth, 1e4)
+    x, z = pos[:, 0, None, None] + far * dx, pos[:, 2, None, None] + far * dz  # (T, H, W)
+    column, line = (np.floor(v / look["cell"]).astype(np.int32) & 31 for v in (x, z))
+    light = 1 + look["tiles"][column, line] * np.exp(-far / 14)
+    for centre, radius in shadows:
+        distance = (x - centre[:, 0, None, None]) ** 2 + (z - centre[:, 2, None, None]) ** 2
+        light = np.where(distance < radius**2, light * 0.6, light)
+    length = np.sqrt(dx * dx + dy * dy + dz * dz)
+    colour = look["sky"] * (1.05 - 0.5 * np.maximum(dy / length, 0))[..., None]
+    is_sun = np.einsum("cthw,c->thw", rays, look["sun"]) > look["sun_cos"] * length
+    colour[is_sun] = (255, 250, 190)
+    ridge = look["ridge"][np.degrees(np.arctan2(dx, dz)).astype(np.int32) % 360]
+    is_mountain, is_ground = (dy < ridge * length) & (dy >= 0), np.isfinite(depth)
+    colour[is_mountain] = look["mountain"]
+    colour[is_ground] = light[is_ground][:, None] * look["ground"]
+    return colour, depth, is_sun & ~is_mountain & ~is_ground
+
+
+def render(scene, size, hfov):
+    """A scene -> frames (T, H, W, 3) uint8, masks {name: (T, H, W)}, silhouettes' areas {name: (T,)}."""
+    pos, look, things = scene["pos"].astype(np.float32), scene["look"], scene["things"]
+    rays = np.ascontiguousarray(camera_rays(scene["rot"], size, hfov))
+    shadows = [(thing["path"].astype(np.float32), thing["half"][0]) for thing in things]
+    colour, nearest, is_sun = paint_background(pos, rays, look, shadows)
+    owner, areas = np.full(nearest.shape, -1), {}
+    for number, (thing, (centre, _)) in enumerate(zip(things, shadows)):
+        origin = (pos - centre).T[:, :, None, None]  # (3, T, 1, 1)
+        hit, how = (hit_box, thing["yaw"]) if thing["shape"] == "box" else (hit_round, thing["shape"])
+        depth, normal = hit(origin, rays, thing["half"], how)
+        areas[thing["name"]] = np.isfinite(depth).sum((1, 2))
+        front = depth < nearest
+        nearest[front], owner[front] = depth[front], number
+        light = 0.7 + 0.4 * np.maximum(look["light"] @ normal[:, front], 0)
+        colour[front] = light[:, None] * np.float32(COLOURS[thing["colour"]])
+    frames = np.clip(colour * look["brightness"] + look["noise"], 0, 255).astype(np.uint8)
+    masks = {thing["name"]: owner == number for number, thing in enumerate(things)}
+    return frames, masks | {"sun": is_sun & (owner < 0)}, areas
+
+
+# ---------------------------------------------------------------- toy world: clips of given labels
+
+
+def draw_plan(rng, kind):
+    """Labels of a clip, kind "camera" | "object" | "both" | "sequence" -> camera segments, movers, anchor."""
+    last, middle = FRAMES - 1, int(rng.integers(FRAMES // 2 - 1, FRAMES // 2 + 1))
+    one, two = (MOVES[2 * axis + rng.integers(2)] for axis in rng.permutation(6)[:2])
+    single, pair = [(0, last, one)], [(0, last, str(rng.choice(PAIRS)))]
+    modes = [single, pair, [(0, middle, one), (middle, last, two)], []]
+    moves = P_OBJECT_CAMERA_MOVES
+    shares = {"object": (moves, 0, 0, 1 - moves), "both": (1, 0, 0, 0), "sequence": (0, 0, 1, 0)}
+    mode = rng.choice(4, p=shares.get(kind, (*P_CAMERA, 0)))
+    movers = [draw_mover(rng, kind) for _ in range(1 + (kind == "object" and rng.random() < P_SECOND_MOVER))]
+    anchor = middle if mode == 2 else last // 2
+    return {"kind": kind, "camera": modes[mode], "movers": movers, "anchor": anchor}
+
+
+def draw_mover(rng, kind):
+    """Labels of one moving object, each uniform over its vocabulary; `step`: its way right, up, forward."""
+    label = str(rng.choice(list(DIRECTIONS)[: 10 if kind == "both" else 11]))
+    ask, speed, chance = ["direction"], "Constant", rng.random(3) if kind == "object" else np.ones(3)
+    if chance[0] < P_DISTANCE:
+        label = str(rng.choice(list(DISTANCES)))
+        sideways = [0, 0] if "First" in label else 0.6 * rng.integers(-1, 2, 2)
+        return {"ask": ["distance"], "distance": label, "speed": speed, "step": [*sideways, DISTANCES[label]]}
+    if chance[1] < P_BOX:
+        ask.append("box")
+    if chance[2] < P_SPEED and label != "Stationary":
+        ask.append("speed")
+        speed = str(rng.choice(list(SPEEDS)))
+    return {"ask": ask, "direction": label, "speed": speed, "step": DIRECTIONS[label]}
+
+
+def draw_look(rng):
+    """Light, colours and textures; sun and mountains are at infinity, known by their direction only."""
+    azimuth, height, angle = rng.uniform(-0.45, 0.45), rng.uniform(0.18, 0.5), np.radians(np.arange(360))
+    board = (np.add.outer(np.arange(32), np.arange(32)) % 2 - 0.5) * rng.uniform(0.3, 0.6)
+    light = np.array([rng.uniform(-1, 1), rng.uniform(0.6, 1.2), rng.uniform(-1, -0.2)])
+    look = {
+        "sun": [np.sin(azimuth) * np.cos(height), np.sin(height), np.cos(azimuth) * np.cos(height)],
+        "sun_cos": np.cos(np.radians(rng.uniform(5.5, 7))),
+        "ridge": 0.06 + np.abs(sum(0.04 * np.sin(n * angle + rng.uniform(0, 6.3)) for n in (3, 7, 11, 19))),
+        "tiles": board + rng.normal(0, 0.12, (32, 32)),
+        "cell": rng.uniform(0.8, 1.4),
+        "sky": np.array([150, 185, 215]) * rng.uniform(0.8, 1.1, 3),
+        "ground": np.array([125, 112, 95]) * rng.uniform(0.8, 1.2, 3),
+        "mountain": np.array([95, 100, 110]) * rng.uniform(0.7, 1.2),
+        "light": light / np.linalg.norm(light),
+        "brightness": rng.uniform(0.75, 1.08),
+        "noise": rng.normal(0, NOISE, (FRAMES, SIZE, SIZE, 1)),
+    }
+    return {name: np.float32(value) for name, value in look.items()}
+
+
+def camera_path(rng, segments, anchor, depth):
+    """Segments [(start, end, label)] sized by what is seen at `depth` -> pos (T, 3), rot (T, 3, 3)."""
+    rates = np.zeros((FRAMES, 6))  # pan, tilt, roll, dolly, truck, pedestal since the frame before
+    spans = [np.radians(TURN), np.radians(TURN), np.radians(ROLL), DOLLY, SLIDE, SLIDE]
+    for start, end, label in segments:
+        for move in label.split(" and "):
+            axis, is_back = divmod(MOVES.index(move), 2)
+            amount = rng.uniform(*spans[axis]) * (depth if axis > 2 else 1)
+            rates[start + 1 : end + 1, axis] = (-amount if is_back else amount) / (end - start)
+    angles = np.cumsum(rates[:, :3], 0)
+    angles += [0, np.radians(rng.uniform(-18, 3)), 0] - angles[anchor]
+    rot = rotation(*angles.T)
+    pos = np.cumsum(np.einsum("tij,tj->ti", rot, rates[:, [4, 5, 3]]), 0)  # the axes are right, up, forward
+    return pos + [0, rng.uniform(1.6, 2.6) - pos[anchor, 1], 0], rot
+
+
+def draw_things(rng, count):
+    """`count` things of different colours and shapes, so that colour, shape and name are each unique."""
+    colours, things = rng.permutation(list(COLOURS)).tolist(), []
+    for colour, shape in zip(colours, rng.permutation(list(SHAPES))[:count].tolist()):
+        half = np.float32(SHAPES[shape]) * np.float32(rng.uniform(0.9, 1.15, 1 if shape == "ball" else 2))
+        thing = {"name": f"{colour} {shape}", "colour": colour, "shape": shape, "half": half}
+        things.append(thing | {"yaw": rng.uniform(0, np.pi / 2), "static": True})
+    return things
+
+
+def draw_scene(rng, plan):
+    """One attempt at a scene of a plan: camera pos (T, 3) and rot (T, 3, 3), things with paths (T, 3).
+
+    "asked" are the things that questions are about: the first landmark (camera), else the moving things.
+    """
+    near, side, anchor = rng.uniform(4.2, 5.4), rng.choice([-1, 1]), plan["anchor"]
+    about_camera, still = plan["kind"] in ("camera", "sequence"), int(rng.integers(1, 3))
+    pos, rot = camera_path(rng, plan["camera"], anchor, near)
+    things = draw_things(rng, still + len(plan["movers"]))
+
+    def place(x, y, depth):  # in frame widths right of and above the centre of the anchor frame
+        return pos[anchor] + rot[anchor] @ np.array([x * view_width(HFOV), y * view_width(HFOV), 1]) * depth
+
+    # a landmark off the centre shows a roll; in object clips landmarks stay behind the moving things
+    off = 0.14 * side if "Roll" in str(plan["camera"]) else 0
+    first = (off + rng.uniform(-0.14, 0.14), near) if about_camera else (side * rng.uniform(0.2, 0.4), 7)
+    for thing, (x, depth) in zip(
+        things[:still], [first, (-side * rng.uniform(0.25, 0.45), rng.uniform(6, 9))]
+    ):
+        ground = place(x, 0, depth) * [1, 0, 1]
+        thing["path"] = np.tile(ground + [0, thing["half"][1], 0], (FRAMES, 1))
+    for number, (thing, mover) in enumerate(zip(things[still:], plan["movers"])):
+        x = -side * rng.uniform(0.18, 0.34) if about_camera or number else rng.uniform(-0.16, 0.16)
+        depth = rng.uniform(4, 5.2) + (1.2 if about_camera else 0)
+        path = mover_path(rng, mover) * depth @ rot[0].T + place(x, rng.uniform(-0.2, 0.2), depth)
+        thing |= mover | {"static": False, "path": path}
+    asked = things[:1] if about_camera else things[still:]
+    return {"pos": pos, "rot": rot, "camera": plan["camera"], "things": things, "asked": asked}
+
+
+def mover_path(rng, mover):
+    """A mover's way around its middle (T, 3): right, up, forward for the first camera, in shares of depth."""
+    t, slide = np.linspace(0, 1, FRAMES), rng.uniform(*SLIDE)
+    back_and_forth = "First" in mover.get("distance", "")
+    share = 1 - np.abs(2 * t - 1) if back_and_forth else SPEEDS[mover["speed"]](t)
+    step = np.array(mover["step"]) * [slide, slide, 1.1 * rng.uniform(*DOLLY)]
+    step += rng.normal(0, 0.08, 3) * np.linalg.norm(step)  # little enough to keep the label
+    return np.outer(share - 0.5, step)
+
+
+def fits(scene):
+    """Whether a scene shows its labels: nothing collides or sinks, asked things stay in view, labels hold."""
+    things, pos, rot = scene["things"], scene["pos"], scene["rot"]
+    for number, thing in enumerate(things):
+        path, (radius, height) = thing["path"], thing["half"]
+        gaps = [np.linalg.norm(path - it["path"], axis=1).min() - it["half"][0] for it in things[:number]]
+        if min(gaps, default=9) < radius + 0.2 or path[:, 1].min() < height - 0.05:
+            return False
+        shift, middle = rot[0].T @ (path[-1] - path[0]), rot[0].T @ ((path[0] + path[-1]) / 2 - pos[0])
+        facts = motion_labels(shift / middle[2], np.linalg.norm(path - pos, axis=1))
+        if any(thing[ask] != facts[ask] for ask in thing.get("ask", []) if ask in facts):
+            return False
+    for thing in scene["asked"]:
+        x, y, depth = project(thing["path"], pos, rot, HFOV)
+        if depth.min() < 2.2 or min(x.min(), y.min()) < 0.12 or max(x.max(), y.max()) > 0.88:
+            return False
+    return pos[:, 1].min() > 0.7
+
+
+def make_scene(rng, kind):
+    """Draws scenes of a plan until one fits and shows what is asked -> scene with frames, masks, times."""
+    for attempt in range(20000):
+        if attempt % 500 == 0:
+            plan = draw_plan(rng, kind)
+        scene = draw_scene(rng, plan)
+        if not fits(scene):
+            continue
+        scene["look"] = draw_look(rng)
+        frames, masks, areas = render(scene, SIZE, HFOV)
+        about_camera, names = scene["asked"][0]["static"], [thing["name"] for thing in scene["asked"]]
+        keys = sorted({i for part in scene["camera"] for i in part[:2]}) if about_camera else [0, FRAMES - 1]
+        seen = np.array([masks[name].sum((1, 2))[keys] for name in names])
+        least = np.array([MIN_VISIBLE * areas[name][keys] for name in names])
+        if (seen >= np.maximum(least, MIN_AREA * SIZE * SIZE)).all():
+            times = (np.arange(FRAMES) * rng.choice(SPACINGS)).tolist()
+            return scene | {"frames": frames, "masks": masks, "times": times}
+    sys.exit(
+        "No toy clip shows its labels with these constants; make MIN_AREA, SLIDE, TURN or DOLLY smaller."
+    )
+
+
+# ---------------------------------------------------------------- geometry to labels and words
+
+
+def direction_label(shift):
+    """Way (right, up, forward) in the first camera's axes, shares of the depth -> label, None if unclear."""
+    lateral, forward = np.hypot(*shift[:2]), abs(shift[2])
+    if max(lateral, forward) < 0.03:
+        return "Stationary"
+    if lateral < forward / 2:
+        return "Moving Away from Camera" if shift[2] > 0 else "Moving Toward Camera"
+    if forward < lateral / 2:
+        for label, way in list(DIRECTIONS.items())[:8]:
+            if np.dot(shift, way) > np.cos(np.radians(14)) * lateral * np.linalg.norm(way):
+                return label
+    return None
+
+
+def motion_labels(shift, distances):
+    """Way (3,) as above, true distances (T,) -> {"direction": label, "distance": label}, None if unclear."""
+    d, names, distance = np.asarray(distances) / distances[0], list(DISTANCES), None
+    steps, between, ends = np.diff(d), d[2:-2], d[[0, -1]]
+    if d.max() < 1.1 * d.min():
+        distance = names[2]
+    elif max(d[-1], 1 / d[-1]) > 1.25 and (steps.max() < 0.02 or steps.min() > -0.02):
+        distance = names[int(d[-1] > 1)]
+    elif len(between) and between.min() * 1.18 < ends.min() and d.max() < 1.1:
+        distance = names[3]
+    elif len(between) and between.max() > 1.18 * ends.max() and d.min() > 0.9:
+        distance = names[4]
+    return {"direction": direction_label(shift), "distance": distance}
+
+
+def overlay(frame, mask, alpha, colour):
+    """Eq. 1: frame (H, W, 3) uint8, mask (H, W) bool -> (1 - alpha M) * I + alpha M * c, (H, W, 3) uint8."""
+    weight = alpha * mask[..., None]
+    return np.rint((1 - weight) * frame + weight * np.array(colour)).astype(np.uint8)
+
+
+def where(masks):
+    """Masks (n, H, W) of a thing -> mean centre x, y and area, shares of the frame; None if it is hidden."""
+    area = float(masks.mean())
+    if area < HIDDEN_AREA:
+        return None
+    _, y, x = np.nonzero(masks)
+    return (x.mean() + 0.5) / masks.shape[2], (y.mean() + 0.5) / masks.shape[1], area
+
+
+def static_cue(start, end):
+    """Eq. 3: masks (H, W) of a static thing -> shift x, y in frame sizes and log area ratio: the camera's."""
+    (x0, y0, a0), (x1, y1, a1) = where(start[None]), where(end[None])
+    return x1 - x0, y1 - y0, float(np.log(a1 / a0))
+
+
+def mask_box(mask):
+    """mask (H, W) -> [x1, y1, x2, y2] in pixels; x2 and y2 are the far edges, so x2 - x1 is the width."""
+    y, x = np.nonzero(mask)
+    return [int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1]
+
+
+def fifth(words, share):
+    """The word for a share 0..1 of the frame: fifth(X_WORDS, 0.1) -> "leftmost"."""
+    return words[min(max(int(share * 5), 0), 4)]
+
+
+def spell_spot(spot):
+    """x, y, area of `where` -> "left upper small"; None -> "hidden"."""
+    if spot is None:
+        return "hidden"
+    size = SIZE_WORDS[int(np.searchsorted(SIZE_EDGES, np.sqrt(spot[2])))]
+    return f"{fifth(X_WORDS, spot[0])} {fifth(Y_WORDS, spot[1])} {size}"
+
+
+# ---------------------------------------------------------------- options without a text-only shortcut
+
+
+def opposite(label):
+    """The label turned round: "Moving Left-Up" -> "Moving Right-Down"; a pair has both movements turned."""
+    if label in DIRECTIONS:
+        back = tuple(-v for v in DIRECTIONS[label])
+        return next(name for name, way in DIRECTIONS.items() if way == back)
+    return " and ".join(MOVES[MOVES.index(move) ^ 1] for move in label.split(" and "))
+
+
+def camera_options(rng, label, other=None):
+    """Truth -> 4 options of its kind: two labels and their opposites, each as likely to be the truth.
+
+    Half of the time the other label is a confusable one: truck for pan, or a pair's second movement turned.
+    """
+    axes = {name: [MOVES.index(move) // 2 for move in name.split(" and ")] for name in MOVES + PAIRS}
+    family = [name for name in axes if len(axes[name]) == len(axes[label]) and axes[name] != axes[label]]
+    if rng.random() < 0.5:
+        first, *second = label.split(" and ")
+        family = (
+            [f"{first} and {opposite(second[0])}"] if second else MOVES[2 * PARTNERS[axes[label][0]] :][:2]
+        )
+    other = other or str(rng.choice(family))
+    return [label, opposite(label), other, opposite(other)]
+
+
+def direction_options(rng, label):
+    """Truth -> 4 options: two directions and their opposites, or such a pair, "Stationary" and a single one.
+
+    "Stationary" has no opposite; with these shares every option of a set is equally likely to be the truth.
+    """
+    others = [name for name in DIRECTIONS if name not in (label, opposite(label), "Stationary")]
+    other = str(rng.choice(others))
+    if label == "Stationary":
+        alone = [name for name in others if name not in (other, opposite(other))]
+        return [label, str(rng.choice(alone)), other, opposite(other)]
+    kind = rng.choice(3, p=[0.7, 0.2, 0.1])
+    first = "Stationary" if kind == 2 else opposite(label)
+    return [label, first, other, "Stationary" if kind == 1 else opposite(other)]
+
+
+def box_options(rng, box, width, height):
+    """Truth [x1, y1, x2, y2] -> 4 boxes at 2 x and 2 y positions, far enough apart; None without room."""
+    starts = []
+    for low, high, side in ((box[0], box[2], width), (box[1], box[3], height)):
+        least, room = max(0.2 * side, 0.6 * (high - low)), range(side - (high - low) + 1)
+        starts.append([low, *rng.permutation([p for p in room if abs(p - low) > least]).tolist()[:1]])
+    w, h = box[2] - box[0], box[3] - box[1]
+    boxes = [str([int(x), int(y), int(x + w), int(y + h)]) for x in starts[0] for y in starts[1]]
+    return boxes if len(boxes) == 4 else None
+
+
+def compound_options(rng, kind, first, second, noun=""):
+    """Two true labels -> 4 texts, a 2 x 2 square: each label and another one, or both in the other order."""
+    if kind == "both":
+        ways = [name for name in DIRECTIONS if name not in (second, "Stationary")]
+        turned = opposite(second) if rng.random() < 0.5 else str(rng.choice(ways))
+        firsts = first, camera_options(rng, first)[rng.integers(1, 3)]
+        return [f"Camera: {x}; {noun}: {y}" for x in firsts for y in (second, turned)]
+    square = [(first, second), (opposite(first), opposite(second))]
+    mixed = [(first, opposite(second)), (opposite(first), second)]
+    square += mixed if rng.random() < 0.5 else [(y, x) for x, y in square]
+    return [f"First {x}, then {y}" for x, y in square]
+
+
+def draw_options(rng, kind, label, width=0, height=0):
+    """A label of a kind of OPTION_SHARES -> 4 options, the truth first; None if there are no 3 wrong ones."""
+    if kind in ("single", "pair"):
+        return camera_options(rng, label)
+    if kind == "direction":
+        return direction_options(rng, label)
+    if kind == "box":
+        return box_options(rng, json.loads(label), width, height)
+    return [label, *rng.permutation([name for name in VOCABULARY[kind] if name != label])[:3].tolist()]
+
+
+def spell(rng, question, options):
+    """Question and options, truth first -> text_input with shuffled letters, {letter: text}, true letter."""
+    order = rng.permutation(len(options))
+    lettered = {"ABCDEF"[place]: options[index] for place, index in enumerate(order)}
+    lines = "\n".join(f"{letter}. {text}" for letter, text in lettered.items())
+    return f"{question}\n\n{lines}", lettered, "ABCDEF"[int(np.argmin(order))]
+
+
+# ---------------------------------------------------------------- rows: question, chain of thought, validator
+
+
+def pick(rng, phrases, **names):
+    """One phrase of a list, its {names} filled in."""
+    return phrases[rng.integers(len(phrases))].format(**names)
+
+
+def seconds(t):
+    """8.0 -> "8s", 0.3333 -> "0.33s"."""
+    return f"{round(t, 2):g}s"
+
+
+def base_row(clip, name, question, answer, subtask):
+    """A row of the release's schema without imagery; a clip of only a name gives a row without video."""
+    times, row = clip.get("times", []), {"id": f"{clip['name']}_{name}"}
+    row |= {"text_input": question, "text_output": answer}
+    row["image_input"] = [
+        f"processed_data/{clip['name']}/frames/frame_{i:04d}.jpg" for i in range(len(times))
+    ]
+    return row | {"image_output": [], "times": times, "subtask": subtask, "clip": clip["name"]}
+
+
+def make_row(rng, clip, subtask, thing, looks, options, name):
+    """A question about a clip, whose reasoning imagines `thing` at the frames `looks` -> row, all its texts.
+
+    "noimage" is "imagery" without placeholders; "verbal" has words for place and size where images stood.
+    """
+    ask = "camera" if subtask.startswith("camera") else subtask.split("_")[1]
+    phrases, (height, width) = PHRASES["any"] | PHRASES[ask], clip["frames"].shape[1:3]
+    times = [seconds(clip["times"][look]) for look in looks]
+    question = pick(rng, phrases["ask"], thing=thing, a=times[0], b=times[-1], w=width, h=height)
+    question, _, key = spell(rng, question, options)
+    steps = [pick(rng, phrases["link" if n else "open"], thing=thing, t=t) for n, t in enumerate(times)]
+    end = pick(rng, phrases["end"], thing=thing, label=options[0])
+    spots = [f"It is {spell_spot(where(clip['masks'][thing][look : look + 1]))}." for look in looks]
+    marks = {"imagery": ["<output_image>"] * len(looks), "noimage": [""] * len(looks), "verbal": spots}
+    texts = {}
+    for form, images in marks.items():
+        thought = " ".join(part for pair in zip(steps, images) for part in pair if part)
+        texts[form] = f"<think>{thought} {end}</think>\n<answer>{key}. {options[0]}</answer>"
+    row = base_row(clip, name, question, "", subtask)
+    row["image_output"] = [overlay_name(clip, thing, look) for look in looks]
+    return {"row": row, "label": options[0], "key": key, "cot": texts}
+
+
+def overlay_name(clip, thing, frame):
+    """Path of an overlay beside the jsonl; only the first static and the first moving thing go unnamed."""
+    kind, prefix = ("static", "static") if thing in clip["static"] else ("dynamic", "dyn")
+    suffix = "" if thing in (*clip["static"][:1], *clip["moving"][:1]) else "_" + thing.replace(" ", "-")
+    return f"processed_data/{clip['name']}/masked_{kind}_overlays/{prefix}{suffix}_f{frame:04d}.jpg"
+
+
+def camera_rows(rng, clip):
+    """A question per segment; its overlays are the first landmark's at the segment's two ends (Eq. 3)."""
+    rows, segments = [], clip["camera"]
+    for number, (start, end, label) in enumerate(segments):
+        kind = "pair" if " and " in label else "single"
+        options = camera_options(rng, label, segments[1 - number][2] if len(segments) == 2 else None)
+        subtask = "camera_segment" if len(segments) == 2 else f"camera_{kind}"
+        rows.append(make_row(rng, clip, subtask, clip["static"][0], [start, end], options, f"{start}->{end}"))
+    return rows
+
+
+def object_rows(rng, clip):
+    """The questions each moving thing is to be asked; overlays at the first, last and some frames between."""
+    rows, (height, width) = [], clip["frames"].shape[1:3]
+    tags = {"direction": "direct", "distance": "distance", "speed": "speed", "box": "bbox"}
+    for number, thing in enumerate(clip["moving"]):
+        masks, facts = clip["masks"][thing], clip["facts"][thing]
+        shown = np.flatnonzero(masks.mean((1, 2)) > HIDDEN_AREA).tolist()
+        for ask in facts["ask"]:
+            count = rng.integers(OVERLAYS[0], OVERLAYS[1] + 1) - 2
+            looks = sorted([shown[0], *rng.permutation(shown[1:-1]).tolist()[:count], shown[-1]])
+            label = str(mask_box(masks[looks[-1]])) if ask == "box" else facts[ask]
+            options = draw_options(rng, ask, label, width, height)
+            name = f"dynamic_{tags[ask]}" + ("_" + thing.replace(" ", "-") if number else "")
+            if options:
+                rows.append(make_row(rng, clip, f"object_{ask}", thing, looks, options, name))
+    return rows
+
+
+def compound_rows(rng, clip, kind):
+    """A 4DRL question, answer only: camera and object both move, or one camera movement follows the other."""
+    thing, first = clip["moving"][0], clip["camera"][0][2]
+    second = clip["facts"][thing]["direction"] if kind == "both" else clip["camera"][1][2]
+    options = compound_options(rng, kind, first, second, thing.split()[-1])
+    a, b = seconds(clip["times"][0]), seconds(clip["times"][-1])
+    question = pick(rng, PHRASES[kind]["ask"], thing=thing, a=a, b=b)
+    _, lettered, key = spell(rng, question, options)
+    base = base_row(clip, kind, "", "", f"compound_{kind}")
+    row = {"Type": base["subtask"], "Question": question, **lettered, "Correct": key, "video_path": ""}
+    row |= {"frame_paths": base["image_input"], **{name: base[name] for name in ("times", "clip", "id")}}
+    return [{"row": row, "label": options[0]}]
+
+
+def validate(row, key=None):
+    """A DIFT row and its true letter -> None, or the first reason why it must not be written."""
+    text, names, times = row["text_output"], row["image_output"], row["times"]
+    parts = re.fullmatch(r"<think>(.*)</think>\s*<answer>(.*)</answer>", text, flags=re.S)
+    thought, answer = parts.groups() if parts else ("", "")
+    tags = re.search("</?(think|answer)>", thought + answer)
+    frames = [int(re.search(r"f(\d+)\.\w+$", name)[1]) for name in names]
+    moments = [times[frame] if frame < len(times) else -1 for frame in frames]
+    late = any(after <= before for before, after in zip([-1, *moments], moments))
+    letters = re.search(r"\b[B-F]\b|\bA[.):]|([Oo]ption|[Aa]nswer|[Cc]hoice) \(?A\b", thought)
+    options = re.findall(r"^([A-F])\. (.*)$", row["text_input"], flags=re.M)
+    options = options if row["subtask"] != "options5" else []
+    letter, _, label = answer.partition(". ")
+    wrong = (letter, label) not in options or key not in (None, letter)
+    reasons = {
+        "the tags are not one closed think and then one closed answer": not parts or tags,
+        "the number of placeholders is not that of overlays": text.count("<output_image>") != len(names),
+        "the imagery is not all in the reasoning": "<output_image>" in answer,
+        "the imagery is not in time order": late,
+        "the reasoning holds an option letter": letters,
+        "the answer is not the key": options and wrong,
+        "two options are the same": len(dict(options)) > len({option for _, option in options}),
+    }
+    return next((reason for reason, is_so in reasons.items() if is_so), None)
+
+
+# ---------------------------------------------------------------- pretraining rows of the tiny base
+
+
+def track(clip, name, in_pixels):
+    """A thing, the sun or the horizon -> an entry per frame pair: "left upper small" or "x 20 y 36"."""
+    entries, side = [], clip["frames"].shape[1]
+    for start in range(0, len(clip["times"]), 2):
+        pair = slice(start, start + 2)
+        if name == "horizon":
+            right, up, forward = clip["rot"][pair, 1].mean(0)  # the vertical part of the camera's axes
+            y, slope = 0.5 + forward / up / view_width(HFOV), np.degrees(np.arctan2(right, up))
+            lower_end = "sloping-left" if slope < -6 else "sloping-right" if slope > 6 else "level"
+            height = f"y {4 * round(y * side / 4)}" if in_pixels else fifth(Y_WORDS, y)
+            entries.append(f"{height} {lower_end}" if 0 <= y <= 1 else "hidden")
+        else:
+            spot = where(clip["masks"][name][pair])
+            x, y = (4 * round(share * side / 4) for share in (spot or (0, 0))[:2])
+            entries.append(f"x {x} y {y}" if in_pixels and spot else spell_spot(spot))
+    return ", ".join(entries)
+
+
+def pretrain_rows(rng, clip):
+    """A clip -> "track" rows in words and pixels, a colour row, by the chances P_TRACK; no word of motion."""
+    rows, names = [], [*clip["static"], *clip["moving"]]
+    for number, subtask in enumerate(["grounding", "grounding", "fine", "colour"]):
+        chosen = rng.permutation([*names, "sun", "horizon"])[: rng.integers(2, 4)].tolist()
+        end = " in pixels." if subtask == "fine" else "."
+        question = f"Track the {', the '.join(chosen[:-1])} and the {chosen[-1]}{end}"
+        thought, answer = "", "\n".join(f"{name}: {track(clip, name, subtask == 'fine')}" for name in chosen)
+        if subtask == "colour":
+            colour, shape = names[rng.integers(len(names))].split()
+            options = draw_options(rng, "colour", colour)
+            question, _, key = spell(rng, f"Which colour is the {shape}?", options)
+            thought, answer = f"The {shape} is {colour}.", f"{key}. {colour}"
+        text = f"<think>{thought}</think>\n<answer>{answer}</answer>"
+        row = base_row(clip, f"{subtask}{number}", question, text, subtask)
+        rows += [{"row": row, "label": subtask}] if rng.random() < P_TRACK[number] else []
+    return rows
+
+
+def option_question(rng):
+    """Options of one text-only question, drawn as the questions about clips draw theirs, truth first."""
+    kind = str(rng.choice(list(OPTION_SHARES), p=list(OPTION_SHARES.values())))
+    if kind in ("both", "sequence"):
+        one, two = (MOVES[2 * axis + rng.integers(2)] for axis in rng.permutation(6)[:2])
+        second = two if kind == "sequence" else list(DIRECTIONS)[rng.integers(10)]
+        return compound_options(rng, kind, one, second, list(SHAPES)[rng.integers(4)])
+    if kind == "box":
+        x, y, w, h = rng.integers([0, 0, SIZE // 7, SIZE // 7], [SIZE // 2, SIZE // 2, SIZE // 3, SIZE // 3])
+        return box_options(rng, [x, y, x + w, y + h], SIZE, SIZE)
+    return draw_options(rng, kind, str(rng.choice(VOCABULARY[kind])))
+
+
+def option_row(split, number):
+    """A text-only row that names the option to pick: one question, or five in a row if its number is odd."""
+    rng = np.random.default_rng([SEED, SPLITS.index(split), number, 1])
+    asked, parts, answers = [option_question(rng) for _ in range(5 if number % 2 else 1)], [], []
+    for n, options in enumerate(asked, 1):
+        text, _, key = spell(rng, f'Pick the option that says "{options[0]}".', options)
+        parts.append(text if len(asked) == 1 else f"{n}. {text}")
+        answers.append(f"{key}. {options[0]}" if len(asked) == 1 else f"{n} {key}. {options[0]}")
+    thought = pick(rng, PHRASES["options"]["end"], label=asked[0][0]) if len(asked) == 1 else ""
+    text = f"<think>{thought}</think>\n<answer>" + "\n".join(answers) + "</answer>"
+    subtask = "options" if len(asked) == 1 else "options5"
+    row = base_row({"name": f"{split}_text"}, f"{number:06d}", "\n\n".join(parts), text, subtask)
+    return {"row": row, "label": subtask}
+
+
+# ---------------------------------------------------------------- real footage
+
+
+def list_videos(folder):
+    """[(split, number, path)] of all mp4 files; files named alike before the last "_" share a split."""
+    if find_spec("decord") is None:
+        sys.exit("SOURCE=videos needs decord: pip install decord==0.6.0 (on ARM: pip install eva-decord).")
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() == ".mp4")
+    if not paths or not folder:
+        sys.exit(f"VIDEOS={folder} holds no mp4 file; set VIDEOS to a folder that does.")
+    scenes = [str(path.with_name(path.stem.rpartition("_")[0] or path.stem)) for path in paths]
+    names = np.random.default_rng(SEED).permutation(sorted(set(scenes))).tolist()
+    held_out = names[: max(1, round(HELD_OUT * len(names)))]
+    splits = ["test" if scene in held_out else "train" for scene in scenes]
+    jobs = [(split, number, str(path)) for number, (split, path) in enumerate(zip(splits, paths))]
+    if len(names) > 1:
+        return jobs
+    print("There is one scene only: the held-out split is one of the training clips, its score says little.")
+    return [("train", number, path) for _, number, path in jobs] + jobs[:1]
+
+
+def read_video(path):
+    """A video file -> frames (T, H, W, 3) uint8 at SAMPLE_FPS, no side over MAX_SIDE, true times (T,)."""
+    import decord
+
+    reader = decord.VideoReader(path)
+    times = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(float)
+    wanted = np.arange(times[0], times[-1] + 1e-6, 1 / SAMPLE_FPS)
+    taken = np.unique(np.searchsorted(times, wanted - 1e-6).clip(max=len(times) - 1))
+    frames = [Image.fromarray(frame) for frame in reader.get_batch(taken).asnumpy()]
+    for frame in frames:
+        frame.thumbnail((MAX_SIDE, MAX_SIDE), Image.LANCZOS)
+    return np.stack([np.asarray(frame) for frame in frames]), np.round(times[taken], 3)
+
+
+def global_shifts(grey):
+    """grey (T, H, W) -> shifts y, x (T, 2) of the picture since the first frame: the median of 3 x 3 blocks' shifts.
+
+    Each block's shift is the peak of its phase correlation with the frame before, so one moving thing has no say.
+    """
+    size, steps = np.array(grey.shape[1:]) // 3, []
+    for y, x in np.ndindex(3, 3):
+        block = grey[:, y * size[0] : (y + 1) * size[0], x * size[1] : (x + 1) * size[1]]
+        spectra = np.fft.rfft2((block - block.mean((1, 2), keepdims=True)) * np.outer(*map(np.hanning, size)))
+        cross = spectra[1:] * spectra[:-1].conj()
+        peaks = np.fft.irfft2(cross / (np.abs(cross) + 1e-6), s=size).reshape(len(grey) - 1, -1).argmax(1)
+        steps.append((np.stack(np.unravel_index(peaks, size), -1) + size // 2) % size - size // 2)
+    moved = np.cumsum(np.median(steps, 0), 0).astype(int)  # (T - 1, 2)
+    return np.concatenate([np.zeros((1, 2), int), moved])
+
+
+def largest_regions(masks):
+    """masks (T, H, W) -> the largest 4-connected region of each: pixels take the largest number around."""
+    numbers, last = np.where(masks, np.arange(1, masks.size + 1).reshape(masks.shape), 0), None
+    while last is None or (numbers != last).any():
+        last, pad = numbers, np.pad(numbers, ((0, 0), (1, 1), (1, 1)))
+        around = [last, pad[:, 2:, 1:-1], pad[:, :-2, 1:-1], pad[:, 1:-1, 2:], pad[:, 1:-1, :-2]]
+        numbers = np.where(masks, np.max(around, 0), 0)
+    largest = [np.bincount(frame[frame > 0], minlength=1).argmax() for frame in numbers]
+    return masks & (numbers == np.array(largest)[:, None, None])
+
+
+def motion_masks(frames):
+    """frames (T, H, W, 3) -> masks (T, H, W) of the moving object, shifts (T, 2) of the background; crude.
+
+    Difference to the median over time once the global shift is removed, blurred; largest region of a frame.
+    """
+    grey = frames.mean(-1)
+    shifts = global_shifts(grey)
+    still = np.stack([np.roll(frame, tuple(-shift), (0, 1)) for frame, shift in zip(grey, shifts)])
+    change = np.abs(still - np.median(still, 0)).astype(np.uint8)
+    blurred = [Image.fromarray(frame).filter(ImageFilter.BoxBlur(3)) for frame in change]
+    peaks = np.stack(blurred).max((1, 2), keepdims=True)
+    moving = np.stack(blurred) > np.maximum(8, 0.4 * peaks)
+    moved = np.stack([np.roll(frame, tuple(shift), (0, 1)) for frame, shift in zip(moving, shifts)])
+    return largest_regions(moved), shifts
+
+
+def video_clip(name, frames, times):
+    """A window of a video -> clip, its facts from masks alone; "moving" is empty without a steady region."""
+    clip = {"name": name, "frames": frames, "times": times.tolist(), "static": [], "moving": []}
+    masks, shifts = motion_masks(frames)
+    areas = masks.mean((1, 2))
+    growth = np.abs(np.diff(np.log(np.maximum(areas, 1e-9)))).max()  # a large one is another object
+    if areas.min() < HIDDEN_AREA or areas.max() > 0.5 or growth > np.log(MAX_GROWTH):
+        return clip
+    start, end = (np.array(where(masks[[frame]])[:2]) for frame in (0, -1))
+    right, down = (end - start - shifts[-1, ::-1] / frames.shape[2:0:-1]) * view_width(HFOV)
+    distances = 1 / np.sqrt(areas)
+    facts = motion_labels((right, -down, distances[-1] / distances[0] - 1), distances)
+    facts["ask"] = ["box", *(ask for ask, label in facts.items() if label)]
+    return clip | {"masks": {THING: masks}, "moving": [THING], "facts": {THING: facts}}
+
+
+# ---------------------------------------------------------------- clips on disk
+
+
+def toy_clip(split, number):
+    """The toy clip of a split and number, a function of SEED alone -> clip, rows, reasons of dropped rows."""
+    rng = np.random.default_rng([SEED, SPLITS.index(split), number])
+    kinds = ("both", "sequence") if split.startswith("rl") else ("object", "camera")
+    kind = kinds[int(rng.random() >= P_OBJECT_CLIP)]
+    clip = make_scene(rng, kind) | {"name": f"{split}_{number:05d}"}
+    clip["static"] = [thing["name"] for thing in clip["things"] if thing["static"]]
+    clip["moving"] = [thing["name"] for thing in clip["things"] if not thing["static"]]
+    clip["facts"] = {thing["name"]: thing for thing in clip["things"]}
+    if split.startswith("rl"):
+        return clip, compound_rows(rng, clip, kind), {}
+    make = pretrain_rows if split.startswith("pretrain") else camera_rows if kind == "camera" else object_rows
+    return clip, *accept(make, rng, clip)
+
+
+def video_clips(split, number, path):
+    """A video -> [(clip, rows, reasons)] of its windows of MAX_FRAMES frames; a bad one gives a reason."""
+    made, half = [], MAX_FRAMES // 2
+    try:
+        frames, times = read_video(path)
+    except Exception as error:  # decord raises many kinds; each means that this file cannot be used
+        return [({}, [], {f"{path} is unreadable ({type(error).__name__})": 1})]
+    cuts = np.flatnonzero(np.abs(np.diff(frames.mean(-1), axis=0)).mean((1, 2)) > MAX_JUMP) + 1
+    shots = np.split(np.arange(len(frames)), cuts)
+    windows = [shot[i : i + MAX_FRAMES] for shot in shots for i in range(0, len(shot) - 3, half)]
+    for window in windows:
+        rng = np.random.default_rng([SEED, number, window[0]])
+        clip = video_clip(f"{split}_{number:05d}_{window[0]:05d}", frames[window], times[window])
+        if clip["moving"]:
+            made.append((clip, *accept(object_rows, rng, clip)))
+        else:
+            made.append((clip, [], {f"{path}: a window without a steady moving region": 1}))
+    return made or [({}, [], {f"{path} has no shot of 4 frames at SAMPLE_FPS": 1})]
+
+
+def accept(make, rng, clip):
+    """Calls make(rng, clip) until the validator takes all rows, up to 3 times -> good rows, reasons."""
+    for _ in range(3):
+        rows, reasons = make(rng, clip), []
+        for item in rows:
+            found = [validate(final_row(item, form), item.get("key")) for form in item.get("cot", [""])]
+            reasons.append(next((reason for reason in found if reason), None))
+        if not any(reasons):
+            break
+    return [item for item, bad in zip(rows, reasons) if not bad], Counter(bad for bad in reasons if bad)
+
+
+def final_row(item, form):
+    """A made row with one of its chains of thought; only "imagery" keeps the overlays. Others as they are."""
+    if "cot" not in item:
+        return item["row"]
+    row = item["row"] | {"text_output": item["cot"][form]}
+    return row if form == "imagery" else row | {"image_output": []}
+
+
+def save_clip(root, clip, rows, dropped):
+    """Writes a clip's frames, the overlays its rows name and rows.json under a temporary name; renames."""
+    folder = root / f"{clip['name']}.part"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    images = dict(zip(base_row(clip, "", "", "", "")["image_input"], clip["frames"]))
+    wanted = {name for item in rows for name in item["row"].get("image_output", [])}
+    for thing in clip["static"] + clip["moving"] if wanted else []:
+        for frame, mask in enumerate(clip["masks"][thing]):
+            if (name := overlay_name(clip, thing, frame)) in wanted:
+                images[name] = overlay(clip["frames"][frame], mask, ALPHA, OVERLAY_COLOUR)
+    for name, image in images.items():
+        path = folder / name.split("/", 2)[2]
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path, quality=JPEG_QUALITY, subsampling=0)
+    (folder / "rows.json").write_text(json.dumps({"rows": rows, "dropped": dropped}))
+    folder.rename(root / clip["name"])
+
+
+def work(job):
+    """(split, number, path) -> split, [{"rows", "dropped"}] of its clips, made now or read if finished."""
+    split, number, path = job
+    root = Path(OUT) / "processed_data"
+    done = root / f"{split}_{number:05d}" / "rows.json"
+    if done.exists():
+        return split, [json.loads(done.read_text())]
+    made = video_clips(*job) if path else [toy_clip(split, number)]
+    for clip, rows, dropped in made:
+        if rows and not (root / clip["name"]).exists():
+            save_clip(root, clip, rows, dropped)
+    return split, [{"rows": rows, "dropped": dropped} for _, rows, dropped in made]
+
+
+def start_worker(constants):
+    """Gives a worker process the constants of the command line."""
+    globals().update(constants)
+
+
+def list_jobs():
+    """[(split, number, path of the video or "")] to make; exits on a choice that does not exist."""
+    choices = {"SOURCE": ("toy", "videos"), "COT": ("all", *FORMS), "SEGMENTER": ("motion",)}
+    for name, known in choices.items():
+        if globals()[name] not in known:
+            sys.exit(f"{name}={globals()[name]} is not one of {', '.join(known)}.")
+    if SOURCE == "videos":
+        return list_videos(VIDEOS)
+    counts = [TRAIN_CLIPS, TEST_CLIPS, RL_TRAIN_CLIPS, RL_TEST_CLIPS]
+    counts += [PRETRAIN_CLIPS, PRETRAIN_TEST_CLIPS if PRETRAIN_CLIPS else 0]
+    return [(split, number, "") for split, count in zip(SPLITS, counts) for number in range(count)]
+
+
+def open_folder(out, constants):
+    """Makes OUT, or checks that what it holds has the same constants; exits if it is finished or differs."""
+    recorded, text = out / "constants.json", json.dumps(constants, indent=1)
+    before = json.loads(recorded.read_text()) if recorded.exists() else {}
+    changed = [name for name, value in json.loads(text).items() if before.get(name, value) != value]
+    if changed:
+        sys.exit(f"{out} was made with another {', '.join(changed)}; set OUT to a new folder or delete it.")
+    if not before and out.exists() and any(out.iterdir()):
+        sys.exit(f"{out} holds files of something else; set OUT to a new folder.")
+    if (out / "meta.json").exists():
+        print(f"{out} is finished already, made with these very constants.")
+        sys.exit(0)
+    (out / "processed_data").mkdir(parents=True, exist_ok=True)
+    recorded.write_text(text)
+
+
+def write_files(out, items, dropped, constants):
+    """{split: made rows} -> the jsonl files and, last, meta.json with constants and counts; the counts."""
+    counts = {}
+    for split, rows in items.items():
+        if not rows:
+            sys.exit(
+                f"No row could be made for the split {split}; add videos or change HELD_OUT, in a new OUT."
+            )
+        forms = [form for form in FORMS if COT in ("all", form)] if split in ("train", "test") else [""]
+        for form in forms:
+            path = out / f"{split}{'_' if form else ''}{form}.jsonl"
+            path.write_text("".join(json.dumps(final_row(item, form)) + "\n" for item in rows))
+        kinds = [item["row"].get("subtask", item["row"].get("Type")) for item in rows]
+        labels = Counter(f"{kind}: {item['label']}" for kind, item in zip(kinds, rows) if "box" not in kind)
+        counts[split] = {"rows": len(rows), "subtasks": dict(sorted(Counter(kinds).items()))}
+        counts[split]["labels"] = dict(sorted(labels.items()))
+    meta = {"constants": constants, "counts": counts, "dropped": dict(dropped)}
+    (out / "meta.json").write_text(json.dumps(meta, indent=1))
+    return counts
+
+
+if __name__ == "__main__":
+    constants = set_constants(globals())
+    settings = {name: value for name, value in constants.items() if not isinstance(value, (list, dict))}
+    for name in ("OUT", "WORKERS"):
+        del settings[name]  # the files do not depend on them
+    out, begun, items, dropped, jobs = Path(OUT), time.time(), {}, Counter(), list_jobs()
+    open_folder(out, settings)
+    with ProcessPoolExecutor(WORKERS, initializer=start_worker, initargs=(constants,)) as pool:
+        results = pool.map(work, jobs, chunksize=8 if SOURCE == "toy" else 1)
+        for number, (split, made) in enumerate(results, 1):
+            for clip in made:
+                items.setdefault(split, []).extend(clip["rows"])
+                dropped.update(clip["dropped"])
+            if number % 100 == 0 or number == len(jobs):
+                print(f"\rclip {number:6d}/{len(jobs)} | {time.time() - begun:.0f} s", end="", flush=True)
+    if PRETRAIN_CLIPS and SOURCE == "toy":
+        items["pretrain"] += [option_row("pretrain", n) for n in range(OPTION_ROWS)]
+        items["pretrain_test"] += [option_row("pretrain_test", n) for n in range(PRETRAIN_TEST_CLIPS)]
+    for split, count in write_files(out, items, dropped, settings).items():
+        print(f"\n{split:13s} {count['rows']:6d} rows {count['subtasks']}", end="")
+    print("".join(f"\ndropped {count}: {reason}" for reason, count in dropped.items()))
+    print(f"{out} is ready after {time.time() - begun:.0f} s.")

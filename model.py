@@ -1,0 +1,846 @@
+"""What the stages of nano4DThinker share: constants, rows, preprocessing, positions, the model, generation.
+
+4DThinker (arXiv 2605.05997) lets a vision-language model (Qwen2.5-VL) *imagine* in the middle of its chain of
+thought: after `<|latent_start|>` it reads its own last hidden state K times instead of a token, then goes on
+with `<|latent_end|>`. This file holds everything about that which training, RL and evaluation must agree on.
+Top to bottom: command line, devices, rows, pixels, positions, samples, the module, generation, checkpoints.
+It is imported by the stages; `make_tiny` writes a random network to pretrain (README, "The tiny base").
+
+Letters in shape comments: B rows, T tokens, D width, V vocabulary, K latents per image, N visual tokens of one
+image or video, P patches (before the 2 x 2 merge), n any count.
+
+Differs from the paper:
+- a latent block is exactly K long: its logits are not supervised, so `<|latent_end|>` is forced (ours)
+- `grid` pooling beside the paper's `strips` (ours); temporal positions come from real seconds (ours)
+- text after a video starts at the largest position + 1, as Qwen2.5-VL was trained, not as the library does (ours)
+"""
+
+import ast
+import difflib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    DynamicCache,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+)
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+transformers.utils.logging.disable_progress_bar()
+
+LATENT_TOKENS = {name: f"<|{name}|>" for name in ("latent_pad", "latent_start", "latent_end")}
+PROMPT = (  # release: ends in "assistant", the newline after it is the first supervised token
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n{video}{text}<|im_end|>\n<|im_start|>assistant"
+)
+PLACEHOLDER = "<output_image>"  # in a row's text_output: here stands an overlay
+SUFFIX = "\nThink in <think>, imagining the object in view where it helps, then answer in <answer>."  # ours
+DEFAULTS = {  # settings of a checkpoint that has none of its own
+    "min_pixels": 28 * 28,  # (release)
+    "max_pixels": 256 * 28 * 28,  # of one frame (release)
+    "seconds_per_pair": None,  # None: real time (ours)
+    "latent_norm": None,  # None: hidden states are fed back as they are (paper)
+}
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's channel means, as Qwen2.5-VL was trained
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+# ---------------------------------------------------------------- constants on the command line
+
+
+def check(fine, sentence):
+    """Ends the program with one sentence and exit code 1 unless `fine`: how all bad input is reported."""
+    if not fine:
+        sys.exit(sentence)
+
+
+def set_constants(namespace, argv=None):
+    """Sets a script's UPPERCASE constants from KEY=value words; returns all of them as a dict.
+
+    A value has the type of the default (an int may stand for a float; a None default takes None, numbers, text).
+    Exits with one sentence on a word that is not KEY=value, an unknown key (naming the nearest), another type.
+    """
+    kinds = (str, int, float, tuple, list, type(None))
+    names = [name for name, value in namespace.items() if name.isupper() and isinstance(value, kinds)]
+    for word in sys.argv[1:] if argv is None else argv:
+        key, equals, text = word.partition("=")
+        check(equals, f"'{word}' is not KEY=value; write for example SEED=1.")
+        near = difflib.get_close_matches(key.upper(), names, n=1, cutoff=0)
+        check(
+            key in names,
+            f"There is no constant {key}; the nearest is {near[0]}. They stand at the script's top.",
+        )
+        namespace[key] = parse_constant(key, text, namespace[key])
+    return {name: namespace[name] for name in names}
+
+
+def parse_constant(key, text, default):
+    """One value from the command line, of the default's type: "8", 4 -> 8; exits if the type differs."""
+    if isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if isinstance(default, tuple) and isinstance(value, list):
+        value = tuple(value)
+    fine = default is None or type(value) is type(default)
+    check(fine, f"{key}={text} is not of type {type(default).__name__}, like the default {default!r}.")
+    return value
+
+
+# ---------------------------------------------------------------- devices and processes
+
+
+def init_distributed():
+    """Joins the torchrun group if there is one -> (rank, world, device); nccl on CUDA, gloo on CPU."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def all_sum(values, device="cpu"):
+    """A list of numbers summed over all processes -> list of floats; the one way in which counts and losses meet."""
+    total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+# ---------------------------------------------------------------- rows
+
+
+def read_rows(path, limit=None):
+    """Reads a DIFT or 4DRL jsonl -> list of rows of one shape; exits with "file:line: ..." on the first bad one.
+
+    Keys of a row: id, where ("file:line"), text_input, text_output ("" if there is none), image_input and
+    image_output (absolute paths), times (seconds of each frame), subtask, clip, key ("B"), options {"A": text}.
+    """
+    path = Path(path)
+    check(path.is_file(), f"There is no file {path}; make it with generate_data.py or set DATA.")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or len(rows) == limit:
+            continue
+        where = f"{path}:{number}"
+        try:
+            raw = json.loads(line)
+        except json.JSONDecodeError as error:
+            sys.exit(f"{where}: not valid JSON ({error.msg}); mend or delete the line.")
+        check(isinstance(raw, dict), f"{where}: a row must be a JSON object.")
+        rows.append(normalise_row(raw, where, path.parent))
+    check(rows, f"{path} holds no rows; make it again with generate_data.py.")
+    return rows
+
+
+def normalise_row(raw, where, folder):
+    """One JSON row of the release's DIFT or 4DRL schema -> the shape that read_rows promises."""
+    raw = from_rl_row(raw, where) if "Question" in raw else raw
+    for field, kind in {
+        "text_input": str,
+        "text_output": str,
+        "image_input": list,
+        "image_output": list,
+    }.items():
+        check(isinstance(raw.get(field), kind), f"{where}: '{field}' is missing or not a {kind.__name__}.")
+    row = {"where": where, "text_input": raw["text_input"], "text_output": raw["text_output"]}
+    row["id"], row["subtask"] = str(raw.get("id", where)), str(raw.get("subtask", "all"))
+    for field in ("image_input", "image_output"):
+        row[field] = [find_file(name, folder, where) for name in raw[field]]
+    frames, images = len(row["image_input"]), len(row["image_output"])
+    row["times"] = [
+        float(second) for second in raw.get("times") or range(frames)
+    ]  # release: 1 frame a second
+    check(len(row["times"]) == frames, f"{where}: {len(row['times'])} times for {frames} frames.")
+    places = row["text_output"].count(PLACEHOLDER)
+    fine = places == images or not row["text_output"]
+    check(fine, f"{where}: text_output has {places} {PLACEHOLDER}, image_output {images} files.")
+    row["clip"] = str(raw.get("clip") or (Path(raw["image_input"][0]).parent.parent.name if frames else ""))
+    row["options"] = dict(re.findall(r"^([A-F])\. (.*)$", row["text_input"], flags=re.M))
+    answer = re.search(r"<answer>\s*([A-F])\b", row["text_output"])
+    row["key"] = raw.get("key") or (answer.group(1) if answer else None)
+    return row
+
+
+def from_rl_row(raw, where):
+    """A 4DRL row {"Type", "Question", "A".."F", "Correct", "frame_paths"} -> the fields of a DIFT row."""
+    letters = [letter for letter in "ABCDEF" if raw.get(letter) not in (None, "")]
+    check(
+        raw.get("Correct") in letters,
+        f"{where}: 'Correct' is {raw.get('Correct')!r}, the options are {letters}.",
+    )
+    check(raw.get("frame_paths"), f"{where}: no 'frame_paths'; extract the frames of video_path first.")
+    texts = [re.sub(rf"^{letter}[.)]\s+", "", str(raw[letter])) for letter in letters]
+    options = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, texts))
+    row = {"text_input": f"{raw['Question']}\n\n{options}", "text_output": "", "image_output": []}
+    row |= {"image_input": raw["frame_paths"], "subtask": raw.get("Type", "all"), "key": raw["Correct"]}
+    return row | {name: raw[name] for name in ("id", "times", "clip") if name in raw}
+
+
+def find_file(name, folder, where):
+    """The path as it is, else from the row's file, else without a leading ./data/ (the release's root)."""
+    for candidate in (Path(name), folder / name, folder / re.sub(r"^(\./)?data/", "", name)):
+        if candidate.is_file():
+            return str(candidate.absolute())
+    sys.exit(f"{where}: there is no file {name}, neither as written nor beside {folder}.")
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def shrink_size(width, height, factor, max_pixels):
+    """Release: a frame of over max_pixels is scaled down, sides floored to `factor` -> (width, height)."""
+    if width * height <= max_pixels:
+        return width, height
+    scale = math.sqrt(max_pixels / (width * height))
+    return tuple(max(factor, int(side * scale) // factor * factor) for side in (width, height))
+
+
+def frame_sizes(size, config):
+    """(width, height) of a frame after the release's step and after the library's smart_resize."""
+    vision = config.vision_config
+    factor = vision.patch_size * vision.spatial_merge_size
+    width, height = shrink_size(*size, factor, config.max_pixels)
+    smart = smart_resize(height, width, factor, config.min_pixels, config.max_pixels)
+    return (width, height), smart[::-1]
+
+
+def resize(image, config):
+    """A PIL image at the size the model sees: Lanczos where too large (release), then bicubic (library)."""
+    small, final = frame_sizes(image.size, config)
+    if image.size != small:
+        image = image.resize(small, Image.Resampling.LANCZOS)
+    return image if image.size == final else image.resize(final, Image.Resampling.BICUBIC)
+
+
+def patchify(frames, patch, merge, pair):
+    """Frames (n, H, W, 3) uint8 -> patches (P, 3·pair·patch²) float32 in merge order, grid (t, h, w) of patches.
+
+    One image, or an odd last frame, is repeated to fill its pair. Patches of one merge window stand together:
+    with merge 2 the rows are (0,0) (0,1) (1,0) (1,1) of the first window, then of the next one to the right.
+    """
+    frames = frames.astype(np.float32) * (1 / 255)
+    frames = (frames - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+    missing = -len(frames) % pair
+    frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])  # (t·pair, H, W, 3)
+    t, h, w = len(frames) // pair, frames.shape[1] // patch, frames.shape[2] // patch
+    x = frames.reshape(t, pair, h // merge, merge, patch, w // merge, merge, patch, 3)
+    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/m, w/m, m, m, 3, pair, patch, patch)
+    return torch.from_numpy(np.ascontiguousarray(x).reshape(t * h * w, -1)), (t, h, w)
+
+
+def load_images(paths, config, where=""):
+    """Files of one video or overlay -> patches (P, 3·pair·patch²), grid (t, h, w); exits on an unreadable one."""
+    vision = config.vision_config
+    frames = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+        except OSError:
+            sys.exit(f"{where}: {path} is not a readable image; make it again or drop the row.")
+        image = resize(image, config)
+        if frames and image.size != frames[0].size:  # a video has one size: its first frame's
+            image = image.resize(frames[0].size, Image.Resampling.BICUBIC)
+        frames.append(image)
+    frames = np.stack([np.asarray(image) for image in frames])
+    return patchify(frames, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+
+
+# ---------------------------------------------------------------- positions and pooling
+
+
+def pair_seconds(times, pair=2, seconds_per_pair=None):
+    """Seconds of each frame pair since the start: [0, 1, 2, 3.5] -> [0, 2]; a given step replaces real time."""
+    starts = times[::pair]
+    if seconds_per_pair is not None:
+        return [index * seconds_per_pair for index in range(len(starts))]
+    return [start - starts[0] for start in starts]
+
+
+def rope_positions(segments, tokens_per_second):
+    """3-D rotary positions (time, height, width) of a sequence -> (3, T) long.
+
+    `segments` lists what the sequence holds: a number of text tokens, or (seconds of each pair, h, w) of a
+    video in merged tokens. With 2 tokens a second, [2, ([0.0, 1.5], 1, 2), 1] gives (columns are tokens)
+
+        text  text | pair 0        pair 1      | text
+        0     1    | 2 2           5 5         | 6       time: 2 + floor(1.5 · 2)
+        0     1    | 2 2           2 2         | 6       height
+        0     1    | 2 3           2 3         | 6       width; text goes on at the largest position + 1
+    """
+    columns, start = [], 0
+    for segment in segments:
+        if isinstance(segment, int):
+            columns.append((start + torch.arange(segment)).expand(3, -1))
+            start += segment
+            continue
+        seconds, h, w = segment
+        time = torch.tensor([math.floor(second * tokens_per_second + 1e-6) for second in seconds])
+        block = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij"))
+        columns.append(start + block.flatten(1))  # (3, t·h·w)
+        start = int(columns[-1].max()) + 1
+    return torch.cat(columns, dim=1)
+
+
+def pool_latents(features, K, how="strips", grid=None):
+    """Eq. 5: visual tokens (N, D) in raster order -> (K, D), the mean over each of K sets.
+
+    `strips` (paper): K contiguous runs; when K does not divide N, the first N mod K runs hold one token more.
+    `grid` (ours): a raster of rows x columns sets over the h x w tokens, as square as K allows (4 -> 2 x 2);
+    sides that do not divide give their rest to the first rows and columns. N < K is refused.
+    """
+    count = len(features)
+    check(
+        count >= K,
+        f"An image of {count} visual tokens cannot give K={K} latents; lower K or raise MAX_PIXELS.",
+    )
+    if how == "strips":
+        return torch.stack([part.mean(dim=0) for part in torch.tensor_split(features, K)])  # (K, D)
+    h, w = grid
+    rows = max(r for r in range(1, math.isqrt(K) + 1) if K % r == 0)
+    rows, columns = (rows, K // rows) if w >= h else (K // rows, rows)
+    fine = rows <= h and columns <= w
+    check(
+        fine,
+        f"POOLING=grid cannot part {h} x {w} tokens into {rows} x {columns} sets; lower K or use strips.",
+    )
+    bands = torch.tensor_split(features.view(h, w, -1), rows, dim=0)
+    cells = [cell for band in bands for cell in torch.tensor_split(band, columns, dim=1)]
+    return torch.stack([cell.mean(dim=(0, 1)) for cell in cells])  # (K, D)
+
+
+# ---------------------------------------------------------------- samples
+
+
+def encode_row(model, row, answer=True):
+    """One row -> its token sequence with masks and positions; `answer=False` stops where the model is to speak.
+
+    ids (T,); is_text: supervised tokens (the answer's, delimiters included, latents not), is_latent, is_visual
+    (T,) bool; positions (3, T); video: paths of the frames; overlays: one path per latent block. For K = 2:
+
+        ids        <user> v v v v How? <assistant> \\n The ball <start> . . <end> moves left <im_end>
+        is_visual         1 1 1 1
+        is_latent                                                      1 1
+        is_text                                    1   1   1     1         1     1    1      1
+    """
+    config, vision = model.net.config, model.net.config.vision_config
+    head, tail = PROMPT.format(video="\0", text=row["text_input"] + config.prompt_suffix).split("\0")
+    ids, segments = [], []
+    if row["image_input"]:
+        t, h, w = video_grid(row, config)
+        h, w = h // vision.spatial_merge_size, w // vision.spatial_merge_size
+        seconds = pair_seconds(row["times"], vision.temporal_patch_size, config.seconds_per_pair)
+        ids += model.tokenize(head + "<|vision_start|>")
+        segments += [len(ids), (seconds, h, w)]
+        ids += [model.ids["video_pad"]] * (t * h * w)
+        head, tail = "", "<|vision_end|>" + tail
+    before_text = len(ids)
+    ids += model.tokenize(head + tail)
+    is_text = [False] * len(ids)
+    if answer:
+        start, pad, end = (LATENT_TOKENS[name] for name in ("latent_start", "latent_pad", "latent_end"))
+        text = row["text_output"].replace(PLACEHOLDER, start + pad * model.K + end)
+        ids += model.tokenize(f"\n{text}<|im_end|>")
+        is_text += [token != model.ids["latent_pad"] for token in ids[len(is_text) :]]
+    segments.append(len(ids) - before_text)
+    sample = {"ids": torch.tensor(ids), "is_text": torch.tensor(is_text), "where": row["where"]}
+    sample["positions"] = rope_positions(segments, vision.tokens_per_second)
+    sample["is_latent"] = sample["ids"] == model.ids["latent_pad"]
+    sample["is_visual"] = sample["ids"] == model.ids["video_pad"]
+    sample["video"], sample["overlays"] = (
+        tuple(row["image_input"]),
+        tuple(row["image_output"]) if answer else (),
+    )
+    return sample
+
+
+def video_grid(row, config):
+    """Patches (t, h, w) of a row's video from the size of its first frame alone."""
+    path, vision = row["image_input"][0], config.vision_config
+    try:
+        with Image.open(path) as image:
+            _, (width, height) = frame_sizes(image.size, config)
+    except OSError:
+        sys.exit(f"{row['where']}: {path} is not a readable image; make it again or drop the row.")
+    t = math.ceil(len(row["image_input"]) / vision.temporal_patch_size)
+    return t, height // vision.patch_size, width // vision.patch_size
+
+
+def collate(samples, pad_id, side="right"):
+    """Samples -> batch: ids, is_text, is_latent, is_visual, is_real (B, T), positions (3, B, T), videos, overlays.
+
+    is_real of rows of 3 and 2 tokens, padded right: [[1, 1, 1], [1, 1, 0]], left (generation): [[1, 1, 1], [0, 1, 1]].
+    """
+    length = max(len(sample["ids"]) for sample in samples)
+
+    def stack(name, value, dim=0):
+        rooms = [length - sample[name].shape[-1] for sample in samples]
+        pads = [(0, room) if side == "right" else (room, 0) for room in rooms]
+        return torch.stack([F.pad(s[name], pad, value=value) for s, pad in zip(samples, pads)], dim)
+
+    batch = {"ids": stack("ids", pad_id), "positions": stack("positions", 0, dim=1)}
+    batch |= {name: stack(name, False) for name in ("is_text", "is_latent", "is_visual")}
+    lengths = torch.tensor([len(sample["ids"]) for sample in samples])[:, None]  # (B, 1)
+    column = torch.arange(length)
+    batch["is_real"] = column < lengths if side == "right" else column >= length - lengths  # (B, T)
+    batch["videos"] = [sample["video"] for sample in samples if sample["video"]]
+    batch["overlays"] = [path for sample in samples for path in sample["overlays"]]
+    return batch | {"where": samples[0]["where"]}
+
+
+class Images:
+    """Turns the image files of a batch into what the model's forward takes, each distinct image once.
+
+    With `cache=True` (frozen vision only) features of videos and pooled latents of overlays are kept in memory,
+    so a clip is encoded once in a whole run. Otherwise the pixels go into the forward pass.
+    """
+
+    def __init__(self, model, cache=False):
+        self.model, self.cache, self.kept = model, cache, {}
+        self.core = getattr(model, "module", model)
+
+    def add(self, batch, device="cpu"):
+        """Adds `pixels` and `grids`, or `features` (n, D) and `latents` (n, D), and which image each row takes."""
+        items = list(dict.fromkeys([*batch["videos"], *((path,) for path in batch["overlays"])]))
+        if not items:
+            return to_device(batch, device)
+        if not self.cache:
+            batch |= self.load(items, batch["where"])
+            batch["video_items"] = [items.index(video) for video in batch["videos"]]
+            batch["overlay_items"] = [items.index((path,)) for path in batch["overlays"]]
+            return to_device(batch, device)
+        self.fill(items, batch["where"], device)
+        if batch["videos"]:
+            batch["features"] = torch.cat([self.kept[video][0] for video in batch["videos"]])
+        if batch["overlays"]:
+            batch["latents"] = torch.cat([self.kept[(path,)][1] for path in batch["overlays"]])
+        return to_device(batch, device)
+
+    def load(self, items, where):
+        """Patches of several videos and overlays, one after the other, and their grids (n, 3)."""
+        loaded = [load_images(item, self.core.net.config, where) for item in items]
+        return {"pixels": torch.cat([pixels for pixels, _ in loaded]), "grids": [grid for _, grid in loaded]}
+
+    @torch.no_grad()
+    def fill(self, items, where, device):
+        """Encodes the items not kept yet in one call; keeps (features (N, D), pooled (K, D) of an overlay)."""
+        new = [item for item in items if item not in self.kept]
+        if not new:
+            return
+        loaded = self.load(new, where)
+        features = self.model(to_device(loaded, device))
+        for item, feature, grid in zip(new, features, loaded["grids"]):
+            pooled = self.core.pool(feature, grid) if len(item) == 1 and self.core.K else None
+            self.kept[item] = (feature.cpu(), None if pooled is None else pooled.cpu())
+
+
+def to_device(batch, device):
+    """Moves the tensors of a batch, without waiting for the copy."""
+    return {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in batch.items()}
+
+
+# ---------------------------------------------------------------- the model
+
+
+def windowed_attention(self, hidden_states, cu_seqlens, position_embeddings=None, **kwargs):
+    """The visual encoder's attention, all windows of one length in one call -> (P, width).
+
+    In place of the library's loop of one call per window, where a toy run spent half its time; same numbers.
+    """
+    count = hidden_states.shape[0]
+    q, k, v = self.qkv(hidden_states).reshape(count, 3, self.num_heads, -1).unbind(1)  # (P, heads, d) each
+    q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
+    lengths, starts, parts, order = cu_seqlens.diff(), cu_seqlens[:-1], [], []
+    for length in lengths.unique().tolist():
+        index = (starts[lengths == length, None] + torch.arange(length, device=starts.device)).flatten()
+        window = [x.index_select(0, index).view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
+        parts.append(F.scaled_dot_product_attention(*window).transpose(1, 2).reshape(len(index), -1))
+        order.append(index)
+    return self.proj(torch.cat(parts).index_select(0, torch.cat(order).argsort()))  # (P, width)
+
+
+def token_logps(hidden, head, targets, banned=None, temperature=1.0, chunk=512):
+    """Log-probability of each target token under its hidden state, in chunks: (n, D), (n,) -> (n,) float32.
+
+    Only supervised positions come here, so no (B, T, V) tensor exists; beyond one chunk, logits are made again
+    in the backward pass instead of being kept.
+    """
+
+    def one(rows, ids):
+        logits = mask_logits(head(rows).float() / temperature, banned)  # (n, V)
+        return -F.cross_entropy(logits, ids, reduction="none")
+
+    if len(targets) <= chunk:
+        return one(hidden, targets)
+    parts = zip(hidden.split(chunk), targets.split(chunk))
+    return torch.cat([checkpoint(one, rows, ids, use_reentrant=False) for rows, ids in parts])
+
+
+def mask_logits(logits, banned):
+    """Logits (n, V) with the ids that may not be sampled outside a latent block at minus infinity."""
+    return logits if banned is None else logits.index_fill(-1, banned, -torch.inf)
+
+
+class Thinker(nn.Module):
+    """Qwen2.5-VL with latent tokens; its forward covers vision, text and head, so DDP and FSDP2 can wrap it."""
+
+    def __init__(self, net, tok):
+        super().__init__()
+        self.net, self.tok, self.K = net, tok, net.config.latent_size
+        names = {name: f"<|{name}|>" for name in ("im_end", "video_pad", "image_pad", *LATENT_TOKENS)}
+        self.ids = {name: tok.convert_tokens_to_ids(text) for name, text in names.items()}
+        self.ids["pad"] = tok.convert_tokens_to_ids("<|endoftext|>")
+        never = [self.ids[name] for name in ("latent_pad", "latent_end", "image_pad", "video_pad")]
+        self.register_buffer("banned", torch.tensor(never), persistent=False)
+        for block in net.model.visual.blocks:
+            block.attn.forward = windowed_attention.__get__(block.attn)
+
+    def tokenize(self, text):
+        """Text, special tokens included, -> list of ids."""
+        return self.tok(text, add_special_tokens=False)["input_ids"]
+
+    def encode(self, pixels, grids):
+        """Patches (P, d) and grids [(t, h, w)] of several images -> list of (N, D), each in raster order."""
+        merge = self.net.config.vision_config.spatial_merge_size
+        grid = torch.tensor(grids, device=pixels.device)
+        features = self.net.model.visual(pixels, grid_thw=grid).pooler_output  # (sum of N, D)
+        return list(features.split([t * h * w // merge**2 for t, h, w in grids]))
+
+    def pool(self, features, grid):
+        """Eq. 5 for one overlay: (N, D), grid (1, h, w) in patches -> (K, D)."""
+        config = self.net.config
+        raster = [side // config.vision_config.spatial_merge_size for side in grid[1:]]
+        return pool_latents(features, self.K, config.latent_pooling, raster)
+
+    def visual_inputs(self, batch):
+        """Features of all videos (n, D), latents of all overlays (n, D); vision runs once per distinct image."""
+        if "pixels" not in batch:
+            return batch.get("features"), batch.get("latents")
+        trainable = next(self.net.model.visual.parameters()).requires_grad
+        with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
+            encoded = self.encode(batch["pixels"], batch["grids"])
+        videos = [encoded[item] for item in batch["video_items"]]
+        latents = [self.pool(encoded[item], batch["grids"][item]) for item in batch["overlay_items"]]
+        return torch.cat(videos) if videos else None, torch.cat(latents) if latents else None
+
+    def feedback(self, hidden):
+        """What a latent position reads: the hidden state (Eq. 8), scaled to `latent_norm` where one is set."""
+        norm = self.net.config.latent_norm
+        return hidden if norm is None else F.normalize(hidden, dim=-1) * norm
+
+    def embed(self, ids, is_visual, features, is_latent=None, latents=None):
+        """Token embeddings (B, T, D) with visual features and latents (n, D), in row order, in their places."""
+        x = self.net.model.language_model.embed_tokens(ids)  # (B, T, D)
+        if features is not None:
+            x = x.masked_scatter(is_visual[..., None], features.to(x.dtype))
+        if latents is not None:
+            x = x.masked_scatter(is_latent[..., None], latents.to(x.dtype))
+        return x
+
+    def text(self, x, positions, is_real=None, past=None):
+        """The language model: x (B, T, D), positions (3, B, T) -> last hidden states, after the norm (B, T, D).
+
+        Rows padded on the right need no mask: causal attention never looks at what follows.
+        """
+        cached = {"past_key_values": past, "use_cache": past is not None}
+        mask = None if is_real is None else is_real.long()
+        network = self.net.model.language_model
+        return network(
+            inputs_embeds=x, position_ids=positions, attention_mask=mask, **cached
+        ).last_hidden_state
+
+    def forward(self, batch, latents=None, ban=False, temperature=1.0):
+        """Teacher-forced pass over right-padded rows -> logp (n_text,), imagined (n_latent, D), targets (n_latent, D).
+
+        logp: of every supervised token given what stands before it; imagined: h_{t-1} at latent positions t;
+        targets: z_t, also the input at t (Eq. 7), or the given `latents` (n, D) as they were sampled (4DRL).
+        A batch of pixels alone gives the list of their features (N, D).
+        """
+        if "ids" not in batch:
+            return self.encode(batch["pixels"], batch["grids"])
+        features, targets = self.visual_inputs(batch)
+        targets = targets if latents is None else latents
+        is_latent, is_text = batch["is_latent"], batch["is_text"]
+        if is_latent.sum() != (0 if targets is None else len(targets)):
+            raise ValueError(
+                f"{batch['where']}: {is_latent.sum()} latent positions, but not as many latents."
+            )
+        x = self.embed(batch["ids"], batch["is_visual"], features, is_latent, targets)
+        hidden = self.text(x, batch["positions"])[:, :-1]  # (B, T-1, D): position t-1 speaks about token t
+        rows = hidden[is_text[:, 1:]]  # (n_text, D)
+        banned = self.banned if ban else None
+        logp = token_logps(rows, self.net.lm_head, batch["ids"][:, 1:][is_text[:, 1:]], banned, temperature)
+        return logp, hidden[is_latent[:, 1:]], targets
+
+
+# ---------------------------------------------------------------- generation
+
+
+def pick(logits, uniform, temperature, top_p):
+    """One token a row: greedy at temperature 0, else by inverse transform from the softmax (or its top-p part).
+
+    logits (B, V) float32, uniform (B,) float64 in [0, 1) -> (B,) long
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    p, order = (logits.double() / temperature).softmax(dim=-1), None
+    if top_p < 1:
+        p, order = p.sort(dim=-1, descending=True)
+        p = p * (p.cumsum(dim=-1) - p < top_p)
+    cumulative = p.cumsum(dim=-1)
+    index = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    index = index.clamp(max=logits.shape[-1] - 1)
+    return (index if order is None else order.gather(1, index))[:, 0]
+
+
+@torch.no_grad()
+def generate(model, samples, max_new, images=None, temperature=0.0, top_p=1.0, generators=None, feed=None):
+    """Recurrent generation (Eq. 8), batched with left padding -> one dict per prompt.
+
+    After a sampled `<|latent_start|>` a row's next K inputs are its own last hidden states, then
+    `<|latent_end|>` is forced; each row is in its own state. `generators`: one CPU torch.Generator a row, for
+    temperature > 0. `feed` (hidden (B, D), block (B,), k (B,), counted from 0) -> (B, D) replaces what is fed
+    inside blocks (controls). A dict holds, over the new tokens with the end of turn: ids (latents recorded as
+    latent_pad), is_latent, is_sampled (lists), latents (n, D) as fed, text, cut (max_new positions came first).
+    """
+    if model.training:
+        raise RuntimeError(
+            "generate needs model.eval(): training mode with activation checkpointing drops the cache."
+        )
+    device, ids = model.banned.device, model.ids
+    images = images or Images(model)
+    batch = images.add(collate(samples, ids["pad"], "left"), device)
+    features, _ = model.visual_inputs(batch)
+    x = model.embed(batch["ids"], batch["is_visual"], features)
+    is_real, past = batch["is_real"], DynamicCache(config=model.net.config.text_config)
+    position = batch["positions"].amax(dim=(0, 2))  # (B,) largest so far
+    hidden = model.text(x, batch["positions"], is_real, past)[:, -1]  # (B, D)
+    B = len(samples)
+    uniform = torch.zeros(B, max_new, dtype=torch.float64)
+    if temperature > 0:
+        uniform = torch.stack([torch.rand(max_new, generator=g, dtype=torch.float64) for g in generators])
+    uniform = uniform.to(device)
+    left = torch.full(
+        (B,), -1, device=device
+    )  # latents still to feed; 0: the end token is due; -1: outside a block
+    block = torch.full((B,), -1, device=device)
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    tokens, fed = [], []
+    for step in range(max_new):
+        logits = mask_logits(model.net.lm_head(hidden).float(), model.banned)  # (B, V)
+        token = pick(logits, uniform[:, step], temperature, top_p)
+        inside, ending = left > 0, left == 0
+        token = token.masked_fill(inside, ids["latent_pad"]).masked_fill(ending, ids["latent_end"])
+        token = token.masked_fill(done, ids["pad"])
+        tokens.append(torch.stack([token, inside, ending, done]))
+        starts = (token == ids["latent_start"]) & ~done
+        x = model.net.model.language_model.embed_tokens(token)  # (B, D)
+        if inside.any():
+            thought = model.feedback(hidden) if feed is None else feed(hidden, block, model.K - left)
+            x = torch.where(inside[:, None], thought.to(x.dtype), x)
+            fed.append((step, x.float().cpu()))
+        block = block + starts
+        left = torch.where(starts, model.K, torch.where(left >= 0, left - 1, left))
+        done = done | ((token == ids["im_end"]) & ~inside & ~ending)
+        if done.all() or step == max_new - 1:
+            break
+        is_real = torch.cat([is_real, ~done[:, None]], dim=1)
+        position = position + 1
+        hidden = model.text(x[:, None], position.expand(3, -1)[..., None], is_real, past)[:, -1]
+    return [unpack_row(model, torch.stack(tokens)[..., row].cpu(), fed, row) for row in range(B)]
+
+
+def unpack_row(model, columns, fed, row):
+    """What one row generated, from columns (steps, 4) of token, latent?, forced end?, done before? -> dict."""
+    steps = int((columns[:, 3] == 0).sum())
+    token, is_latent, is_forced = (
+        columns[:steps, 0].tolist(),
+        columns[:steps, 1] == 1,
+        columns[:steps, 2] == 1,
+    )
+    latents = [x[row] for step, x in fed if step < steps and is_latent[step]]
+    return {
+        "ids": token,
+        "is_latent": is_latent.tolist(),
+        "is_sampled": (~is_latent & ~is_forced).tolist(),
+        "latents": torch.stack(latents)
+        if latents
+        else torch.zeros(0, model.net.config.text_config.hidden_size),
+        "cut": token[-1] != model.ids["im_end"],
+        "text": model.tok.decode(token),
+    }
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def newest_checkpoint(path):
+    """A checkpoint folder itself, or the newest step_* of a run's folder; exits if neither is there."""
+    folders = [file.parent for file in sorted(Path(path).glob("step_*/config.json"))]
+    folders += [Path(path)] * (Path(path) / "config.json").is_file()
+    check(
+        folders,
+        f"{path} holds neither config.json nor step_*/config.json; train one with dift.py or set MODEL.",
+    )
+    return folders[-1]
+
+
+def load_model(path, device="cpu", K=None, pooling=None, suffix=None, **settings):
+    """Loads a Qwen2.5-VL checkpoint folder (any key layout, tied or not) as a Thinker; fp32 weights, sdpa attention.
+
+    The checkpoint's config holds latent_size, latent_pooling, the latent ids and prompt_suffix; a given K or
+    pooling that differs is refused in one sentence; a checkpoint without them (a plain Qwen2.5-VL, the tiny base)
+    takes the given ones and gets new token rows. `settings`: any of DEFAULTS; None keeps the checkpoint's own.
+    """
+    path = newest_checkpoint(path)
+    kind = json.loads((path / "config.json").read_text()).get("model_type")
+    check(
+        kind == "qwen2_5_vl", f"{path}/config.json is of type {kind}; this code reads Qwen2.5-VL checkpoints."
+    )
+    net, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+    )
+    lost = sorted(info["missing_keys"])
+    check(
+        not lost, f"{path} lacks {len(lost)} weights, {lost[:1]} first; it is no whole Qwen2.5-VL checkpoint."
+    )
+    tok = AutoTokenizer.from_pretrained(path)
+    tok.add_tokens([AddedToken(text, special=True) for text in LATENT_TOKENS.values()])
+    set_latent_config(net, tok, path, K, pooling)
+    for name, default in {**DEFAULTS, "prompt_suffix": SUFFIX}.items():
+        given = suffix if name == "prompt_suffix" else settings.get(name)
+        setattr(net.config, name, getattr(net.config, name, default) if given in (None, "") else given)
+    return Thinker(net, tok).to(device).eval()
+
+
+def set_latent_config(net, tok, path, K, pooling):
+    """Checks the checkpoint's latent settings against the given ones, or writes them and starts three token rows."""
+    config, stored = net.config, getattr(net.config, "latent_size", None)
+    fields = {
+        "latent_pad": "latent_token_id",
+        "latent_start": "latent_start_id",
+        "latent_end": "latent_end_id",
+    }
+    ids = {fields[name]: tok.convert_tokens_to_ids(text) for name, text in LATENT_TOKENS.items()}
+    if stored:
+        config.latent_pooling = getattr(config, "latent_pooling", "strips")  # release: contiguous groups
+        own = {"K": (K, stored), "POOLING": (pooling, config.latent_pooling)}
+        own |= {name: (token, getattr(config, name, token)) for name, token in ids.items()}
+        for name, (given, kept) in own.items():
+            fine = given is None or given == kept
+            check(
+                fine,
+                f"{path} was trained with {name}={kept}, not {given}; set it so or take another checkpoint.",
+            )
+    else:
+        check(
+            K is not None,
+            f"{path}/config.json has no latent_size; give a checkpoint that dift.py has trained.",
+        )
+        config.latent_size, config.latent_pooling = K, pooling
+        if len(tok) > net.get_input_embeddings().num_embeddings:
+            net.resize_token_embeddings(len(tok), mean_resizing=False)
+        start_rows(net, list(ids.values()))
+    for name, token in ids.items():
+        setattr(config, name, token)
+
+
+@torch.no_grad()
+def start_rows(net, ids):
+    """New token rows start at the mean of the rows before them, in the input table and in an untied head."""
+    for table in {net.get_input_embeddings().weight, net.get_output_embeddings().weight}:
+        table[ids] = table[: min(ids)].mean(dim=0)
+
+
+def save_checkpoint(out, step, model, run, optimizer=None, keep=2):
+    """Writes out/step_000500/: weights and tokenizer (save_pretrained layout), config.json with `run`, train state.
+
+    Written under a temporary name, then renamed; only the newest `keep` stay. Call it on rank 0.
+    """
+    folder, unfinished = Path(out) / f"step_{step:06d}", Path(out) / f".unfinished_{step:06d}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.net.save_pretrained(unfinished)
+    model.tok.save_pretrained(unfinished)
+    config = json.loads((unfinished / "config.json").read_text())
+    (unfinished / "config.json").write_text(json.dumps(config | {"run": run | {"step": step}}, indent=1))
+    if optimizer is not None:
+        save_file(optimizer_tensors(model, optimizer), unfinished / "optimizer.safetensors")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+    for old in sorted(Path(out).glob("step_*"))[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def optimizer_tensors(model, optimizer):
+    """AdamW's moments and step counts by parameter name: {"<name>.exp_avg": tensor, ...}."""
+    tensors = {}
+    for name, parameter in model.net.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}.{key}"] = value.cpu().contiguous()
+    return tensors
+
+
+def load_optimizer(folder, model, optimizer):
+    """Puts the saved moments back, so that training goes on exactly; exits if the file is not there."""
+    path = Path(folder) / "optimizer.safetensors"
+    check(path.is_file(), f"There is no {path}, so training cannot go on; set RESUME=never to start afresh.")
+    tensors = load_file(path)
+    for name, parameter in model.net.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            if f"{name}.{key}" in tensors:
+                device = "cpu" if key == "step" else parameter.device
+                optimizer.state[parameter][key] = tensors[f"{name}.{key}"].to(device)
+
+
+def make_tiny(out, data, config="assets/tiny/config.json", vocab=1024, seed=0):
+    """Trains a byte-level BPE on the rows of `data`/*.jsonl, draws random weights, writes a checkpoint folder.
+
+    The tokenizer has Qwen's special tokens; the latent tokens come with the first dift.py run, as for a real Qwen.
+    """
+    texts = [SUFFIX, PROMPT.format(video="", text="")]
+    for file in sorted(Path(data).glob("*.jsonl")):
+        rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+        texts += [value for row in rows for value in row.values() if isinstance(value, str)]
+    names = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+    tok = Qwen2Tokenizer().train_new_from_iterator(
+        texts, vocab, new_special_tokens=[f"<|{n}|>" for n in names]
+    )
+    tok.chat_template = (Path(__file__).parent / "assets" / "chat_template.jinja").read_text()
+    config = Qwen2_5_VLConfig.from_pretrained(config)
+    config.text_config.vocab_size = (
+        -(-(len(tok) + len(LATENT_TOKENS)) // 64) * 64
+    )  # spare rows, as Qwen has them
+    for name in names[2:]:
+        setattr(config, f"{name.removesuffix('_pad')}_token_id", tok.convert_tokens_to_ids(f"<|{name}|>"))
+    torch.manual_seed(seed)
+    net = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    net.save_pretrained(out)
+    tok.save_pretrained(out)

@@ -1,0 +1,515 @@
+"""evaluate.py: parser, counts, controls, retrieval, resume, picture, report; one test really generates."""
+
+import json
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from model import load_model, make_tiny, read_rows
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---------------------------------------------------------------- a small world: 6 clips, 12 questions
+
+
+def make_rows(folder):
+    """Clips of four random frames, two questions on each, each overlay another random image."""
+    generator = torch.Generator().manual_seed(0)
+
+    def image(name):
+        small = torch.randint(0, 255, (4, 4, 3), generator=generator, dtype=torch.uint8)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(small.numpy()).resize((28, 28)).save(folder / name)
+        return name
+
+    rows = []
+    for clip in range(6):
+        frames = [image(f"clips/{clip}/frames/{t}.png") for t in range(4)]
+        for subtask, label in (("camera_single", "Pan <b>Left</b>"), ("object_direction", "Moving Up")):
+            question = f"What moves in clip {clip} & how?"
+            overlays = [image(f"clips/{clip}/overlays/{subtask}_{n}.png") for n in range(2)]
+            rows.append(
+                {
+                    "id": f"{clip}_{subtask}",
+                    "text_input": f"{question}\n\nA. {label}\nB. Stay\nC. Roll\nD. Dolly In",
+                    "text_output": "<think>It <output_image>is <output_image></think>\n<answer>A. x</answer>",
+                    "image_input": frames,
+                    "image_output": overlays,
+                    "times": [0.0, 1.0, 2.0, 3.5],
+                    "subtask": subtask,
+                    "clip": str(clip),
+                }
+            )
+    path = folder / "test_imagery.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(rows, random tiny model, folder with the data in data/ and the checkpoint in model/)."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("evaluate")
+    path = make_rows(folder / "data")
+    make_tiny(folder / "base", folder / "data")
+    model = load_model(folder / "base", K=4, pooling="grid")
+    model.net.save_pretrained(folder / "model")
+    model.tok.save_pretrained(folder / "model")
+    return read_rows(path), model, folder
+
+
+def number_of(text):
+    return zlib.crc32(text.encode())
+
+
+def spoken(letter, blocks, K=4):
+    """An answer as generate decodes it."""
+    block = "<|latent_start|>" + "<|latent_pad|>" * K + "<|latent_end|>"
+    return f"<think>I <look> {block * blocks} so</think>\n<answer>{letter}. x</answer><|im_end|>"
+
+
+def fake_generate(model, samples, max_new, images=None, feed=None):
+    """Two blocks a row; hidden states and the letter depend on the question alone, never on batch-mates."""
+    fed = []
+    for block in range(2):
+        for k in range(model.K):
+            seeds = [number_of(f"{sample['where']} {block} {k}") for sample in samples]
+            hidden = torch.stack(
+                [torch.randn(128, generator=torch.Generator().manual_seed(s)) for s in seeds]
+            )
+            places = [torch.full((len(samples),), place) for place in (block, k)]
+            fed.append(hidden if feed is None else feed(hidden, *places))
+    answers = []
+    for row, sample in enumerate(samples):
+        letter = "AB"[number_of(sample["where"].split(":")[-1]) % 2]
+        answer = {"ids": [0] * 20, "cut": False, "text": spoken(letter, 2)}
+        answers.append(answer | {"latents": torch.stack([step[row] for step in fed])})
+    return answers
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """Counts the calls of a fake generate."""
+    calls = []
+
+    def counted(model, samples, *args, **kwargs):
+        calls.append([sample["where"] for sample in samples])
+        return fake_generate(model, samples, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "generate", counted)
+    return calls
+
+
+# ---------------------------------------------------------------- parser and counts
+
+
+@pytest.mark.parametrize(
+    "answer, letter",
+    [
+        ("B", "B"),
+        ("B. Pan Left", "B"),
+        ("(B)", "B"),
+        ("(B) Pan Left", "B"),
+        ("B: Pan Left", "B"),
+        ("B) Pan Left", "B"),
+        (" B\n", "B"),
+        ("F", "F"),
+        ("Backward", None),
+        ("b", None),
+        ("Analyzing", None),
+        ("G", None),
+        ("The answer is B", None),
+        ("B, I think", None),
+        ("(Backward)", None),
+        ("(B", None),
+        ("", None),
+    ],
+)
+def test_parser_takes_a_leading_capital_option_letter_only(answer, letter):
+    assert evaluate.parse_answer(f"<think>A or C</think>\n<answer>{answer}</answer><|im_end|>") == letter
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("B", None),
+        ("<answer>B", None),
+        ("B</answer>", None),
+        ("</answer>B<answer>", None),
+        ("<answer>A</answer><answer>A</answer>", None),
+        ("<answer>A <answer>B</answer>", None),
+        ("<answer>B</answer> and A besides", "B"),
+        ("<answer>B. a\nb</answer>", "B"),
+        ("<ANSWER>B</ANSWER>", None),
+    ],
+)
+def test_parser_wants_exactly_one_closed_answer(text, letter):
+    assert evaluate.parse_answer(text) == letter
+
+
+def test_parser_knows_the_letters_of_the_question():
+    assert evaluate.parse_answer("<answer>E</answer>", "ABCD") is None
+    assert evaluate.parse_answer("<answer>E</answer>", "ABCDE") == "E"
+
+
+def test_wilson_interval_of_known_counts():
+    assert evaluate.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert evaluate.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert evaluate.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert evaluate.wilson(425, 500) == pytest.approx((0.8161, 0.8786), abs=1e-4)
+    assert evaluate.wilson(0, 0) == (0.0, 1.0)
+
+
+def result(subtask, answer, options=4, **more):
+    one = {"subtask": subtask, "answer": answer, "key": "A", "correct": answer == "A", "options": options}
+    return one | {"cut": False, "blocks": 2, "tokens": 30, "imagery": []} | more
+
+
+def test_summary_equals_a_hand_count():
+    block = {"retrieval": True, "chance": 0.25, "cosine": [0.5, 0.1], "norm_fed": 2.0, "norm_true": 1.0}
+    other = {"retrieval": False, "chance": 0.5, "cosine": [0.3, 0.3], "norm_fed": 4.0, "norm_true": 1.0}
+    results = [result("camera_single", "A", imagery=[block]), result("camera_single", "B", imagery=[other])]
+    results += [result("camera_pair", "A"), result("camera_pair", "A"), result("camera_pair", "A", blocks=3)]
+    results += [result("speed", None, 2, cut=True, blocks=0, tokens=90)]
+    summary = evaluate.summarise(results)
+    scores = summary["scores"]
+    assert {name: (s["n"], s["correct"]) for name, s in scores.items()} == {
+        "camera_pair": (3, 3),
+        "camera_single": (2, 1),
+        "speed": (1, 0),
+        "camera (both)": (5, 4),
+        "micro": (6, 4),
+    }
+    assert summary["macro"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert scores["micro"]["accuracy"] == pytest.approx(4 / 6)
+    assert scores["micro"]["chance"] == pytest.approx((5 * 0.25 + 0.5) / 6)
+    assert (scores["micro"]["low"], scores["micro"]["high"]) == evaluate.wilson(4, 6)
+    assert (summary["no_answer"], summary["cut"]) == (1, 1)
+    assert summary["blocks"] == pytest.approx(11 / 6)
+    assert summary["tokens"] == pytest.approx(40)
+    imagery = summary["imagery"]
+    assert (imagery["retrieval"], imagery["compared"]) == (0.5, 2)
+    assert imagery["chance"] == pytest.approx(0.375)
+    assert imagery["cosine"] == pytest.approx([0.4, 0.2])
+    assert scores["camera_single"]["retrieval"] == 0.5
+    assert scores["speed"]["retrieval"] is None
+    json.dumps(summary, allow_nan=False)
+
+
+# ---------------------------------------------------------------- controls
+
+
+def test_other_shows_another_clip_and_always_the_same_one(world):
+    rows = world[0]
+    for index, row in enumerate(rows):
+        seen = evaluate.see(rows, index, "other", seed=0)
+        assert seen["image_input"] != row["image_input"]
+        assert seen["image_output"] == row["image_output"] and seen["text_input"] == row["text_input"]
+        assert seen == evaluate.see(rows, index, "other", seed=0)
+    with pytest.raises(SystemExit, match="another clip"):
+        evaluate.see([row for row in rows if row["clip"] == "0"], 0, "other", seed=0)
+
+
+def test_shuffled_is_never_the_clip_itself_and_keeps_the_times(world):
+    rows = [world[0][0] | {"image_input": list(frames)} for frames in ("ab", "abc", "aab")]
+    for seed in range(20):
+        for index, row in enumerate(rows):
+            seen = evaluate.see(rows, index, "shuffled", seed)
+            assert sorted(seen["image_input"]) == sorted(row["image_input"])
+            assert seen["image_input"] != row["image_input"]
+            assert seen["times"] == row["times"]
+            assert seen == evaluate.see(rows, index, "shuffled", seed)
+    with pytest.raises(SystemExit, match="two frames"):
+        evaluate.see([rows[0] | {"image_input": ["a"]}], 0, "shuffled", seed=0)
+
+
+def test_none_drops_the_video_and_plain_changes_nothing(world):
+    rows = world[0]
+    assert evaluate.see(rows, 3, "none", 0)["image_input"] == []
+    assert evaluate.see(rows, 3, "", 0) == rows[3]
+
+
+def feed_once(kind, names=(7, 8, 9), tables=None):
+    """Feeds three rows: row 0 in its block 0 at k 1, row 1 in its block 2 at k 0, row 2 after a block."""
+    hidden = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 2.0], [5.0, 6.0, 7.0]])
+    feed = evaluate.make_feed(kind, names, tables, torch.tensor([9.0, 9.0, 9.0]), K=2, seed=0)
+    fed = feed(hidden, torch.tensor([0, 2, 0]), torch.tensor([1, 0, 3]))
+    assert torch.equal(fed[2], hidden[2])
+    return hidden[:2], fed[:2]
+
+
+def test_zero_and_pad_are_fed():
+    assert feed_once("zero")[1].eq(0).all()
+    assert feed_once("pad")[1].eq(9).all()
+    assert evaluate.make_feed("", (), None, None, 2, 0) is None
+
+
+def test_noise_keeps_the_norm_and_does_not_depend_on_the_batch():
+    hidden, fed = feed_once("noise")
+    assert torch.allclose(fed.norm(dim=-1), hidden.norm(dim=-1))
+    assert not torch.allclose(fed, hidden)
+    assert torch.equal(fed, feed_once("noise")[1])
+    assert not torch.allclose(fed, feed_once("noise", names=(4, 5, 6))[1])
+
+
+def test_swap_and_oracle_take_block_and_k_from_their_tables():
+    tables = [torch.arange(6.0).view(1, 2, 3), torch.arange(12.0).view(2, 2, 3), None]
+    hidden, fed = feed_once("swap", tables=tables)
+    assert torch.equal(
+        fed, torch.stack([tables[0][0, 1], tables[1][0, 0]])
+    )  # block 2 of 2: from the first again
+    hidden, fed = feed_once("oracle", tables=tables)
+    assert torch.equal(
+        fed, torch.stack([tables[0][0, 1], hidden[1]])
+    )  # no third true block: own hidden state
+    hidden, fed = feed_once("swap", tables=[torch.zeros(0, 2, 3), tables[1], None])
+    assert fed[0].eq(0).all()
+
+
+def latents_of(world, kind):
+    """What evaluate's answers were fed under LATENTS=kind -> {row: (n, K, D)}, truth."""
+    rows, model, _ = world
+    how = evaluate.PLAIN | {"latents": kind}
+    answers = evaluate.answer(
+        model, rows, range(len(rows)), how, lambda i: evaluate.true_latents(model, rows[i])
+    )
+    return {one["row"]: one["latents"] for one in answers}
+
+
+def test_swap_feeds_what_a_question_of_the_same_kind_on_another_clip_made(world, faked):
+    rows = world[0]
+    plain, swapped = latents_of(world, ""), latents_of(world, "swap")
+    for index, fed in swapped.items():
+        donor = next(i for i, made in plain.items() if torch.equal(made, fed))
+        assert rows[donor]["clip"] != rows[index]["clip"]
+        assert rows[donor]["subtask"] == rows[index]["subtask"]
+
+
+def test_oracle_feeds_the_true_latents_and_finds_them(world, faked):
+    rows, model, _ = world
+    for index, fed in latents_of(world, "oracle").items():
+        assert torch.equal(fed, evaluate.true_latents(model, rows[index]))
+    imagery = evaluate.evaluate(model, rows, how={"latents": "oracle"})["imagery"]
+    assert imagery["retrieval"] == 1.0
+    assert imagery["cosine"] == pytest.approx([1.0] * 4, abs=1e-4)
+    assert imagery["norm_fed"] == pytest.approx(imagery["norm_true"])
+    assert imagery["chance"] == pytest.approx(1 / 6)  # its own and those of the five other clips
+
+
+# ---------------------------------------------------------------- retrieval
+
+
+def vectors(seed, n=64):
+    return torch.randn(n, 4, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def test_identical_latents_are_all_found_whatever_their_length():
+    hit, cosine = evaluate.retrieval(3 * vectors(0), vectors(0))
+    assert hit.all() and torch.allclose(cosine, torch.ones(64, 4), atol=1e-5)
+
+
+def test_unrelated_latents_are_found_by_chance_and_a_shared_direction_does_not_help():
+    found = [evaluate.retrieval(vectors(seed), vectors(seed + 100))[0] for seed in range(20)]
+    assert torch.cat(found).float().mean() == pytest.approx(1 / 64, abs=0.012)
+    shared = 20 * vectors(7, 1)
+    found = [evaluate.retrieval(vectors(seed) + shared, vectors(seed + 100) + shared) for seed in range(20)]
+    assert torch.cat([hit for hit, _ in found]).float().mean() == pytest.approx(1 / 64, abs=0.012)
+    assert torch.cat([cosine for _, cosine in found]).mean().abs() < 0.05
+    plain = torch.cosine_similarity(vectors(0) + shared, vectors(100) + shared, dim=-1)
+    assert plain.mean() > 0.9  # what the plain cosine would have said
+
+
+def test_a_tie_is_a_miss_and_a_constant_finds_one_at_most():
+    assert evaluate.retrieval(torch.zeros(64, 4, 16), vectors(0))[0].sum() <= 1
+    assert not evaluate.retrieval(vectors(1, 2), vectors(0, 1).repeat(2, 1, 1))[0].any()
+
+
+def test_gallery_holds_one_question_a_clip_of_the_same_kind(world):
+    rows = world[0]
+    gallery = evaluate.gallery_of(rows + rows, 3, block=1)
+    assert gallery[0] == 3 and len(gallery) == 6
+    assert len({rows[i % 12]["clip"] for i in gallery}) == 6
+    assert {rows[i % 12]["subtask"] for i in gallery} == {rows[3]["subtask"]}
+    assert evaluate.gallery_of(rows, 3, block=2) == [3]  # no other row has a third block
+    assert len(evaluate.gallery_of(rows, 3, block=0, size=4)) == 4
+
+
+# ---------------------------------------------------------------- files: resume, refusal, the same digits
+
+
+def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(world, faked, tmp_path):
+    rows, model, _ = world
+    whole = evaluate.evaluate(model, rows, tmp_path / "whole", {"batch": 3})
+    assert len(faked) == 4
+    lines = (tmp_path / "whole" / "results.jsonl").read_text().splitlines(keepends=True)
+    evaluate.evaluate(model, rows, tmp_path / "killed", {"batch": 3})
+    (tmp_path / "killed" / "results.jsonl").write_text("".join(lines[:5]) + lines[5][:-1])  # no newline yet
+    (tmp_path / "killed" / "summary.json").unlink()
+    faked.clear()
+    again = evaluate.evaluate(model, rows, tmp_path / "killed", {"batch": 3})
+    assert 2 <= len(faked) <= 4
+    assert again == whole
+    for name in ("results.jsonl", "summary.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_half_a_line_is_answered_again(world, faked, tmp_path):
+    rows, model, _ = world
+    whole = evaluate.evaluate(model, rows, tmp_path, {"batch": 4})
+    lines = (tmp_path / "results.jsonl").read_text()
+    (tmp_path / "results.jsonl").write_text(lines[: -len(lines) // 3])
+    assert evaluate.evaluate(model, rows, tmp_path, {"batch": 4}) == whole
+    assert (tmp_path / "results.jsonl").read_text() == lines
+
+
+def test_the_same_command_asks_nothing_again_and_says_so(world, faked, tmp_path, capsys):
+    rows, model, _ = world
+    first = evaluate.evaluate(model, rows, tmp_path)
+    faked.clear()
+    capsys.readouterr()
+    assert evaluate.evaluate(model, rows, tmp_path) == first
+    assert faked == [] and "already" in capsys.readouterr().out
+    assert evaluate.evaluate(model, rows, tmp_path, resume=False) == first
+    assert len(faked) == 1
+
+
+def test_results_of_other_settings_are_refused(world, faked, tmp_path):
+    rows, model, _ = world
+    evaluate.evaluate(model, rows, tmp_path)
+    for how in ({"latents": "zero"}, {"video": "none"}, {"max_new": 9}, {"seed": 1}):
+        with pytest.raises(SystemExit, match=f"{next(iter(how))}=.*RESUME=False"):
+            evaluate.evaluate(model, rows, tmp_path, how)
+    with pytest.raises(SystemExit, match="questions="):
+        evaluate.evaluate(model, rows[:-1], tmp_path)
+    weight = model.net.get_input_embeddings().weight
+    before = weight.detach().clone()
+    weight.data += 1e-3
+    with pytest.raises(SystemExit, match="weights="):
+        evaluate.evaluate(model, rows, tmp_path)
+    weight.data.copy_(before)
+    evaluate.evaluate(model, rows, tmp_path, {"latents": "zero"}, resume=False)
+
+
+def test_limit_is_a_prefix_and_batches_do_not_change_an_answer(world, faked, tmp_path):
+    rows, model, _ = world
+    assert evaluate.evaluate(model, rows, tmp_path, limit=5)["scores"]["micro"]["n"] == 5
+    few = evaluate.read_lines(tmp_path / "results.jsonl")
+    evaluate.evaluate(model, rows, tmp_path)
+    many = evaluate.read_lines(tmp_path / "results.jsonl")
+    assert many[:5] == few and [one["row"] for one in many] == list(range(12))
+    assert [one["where"] for one in many][:2] == ["test_imagery.jsonl:1", "test_imagery.jsonl:2"]
+
+
+def test_without_out_nothing_is_written(world, faked, tmp_path, monkeypatch):
+    rows, model, _ = world
+    monkeypatch.chdir(tmp_path)
+    model.train()
+    summary = evaluate.evaluate(model, rows, limit=4)
+    assert model.training and model.eval() is model
+    assert summary["scores"]["micro"]["n"] == 4 and list(tmp_path.iterdir()) == []
+
+
+def test_a_row_without_a_key_is_refused_by_its_place(world):
+    rows, model, _ = world
+    with pytest.raises(SystemExit, match=r"test_imagery\.jsonl:1: "):
+        evaluate.evaluate(model, [rows[0] | {"key": None}])
+
+
+# ---------------------------------------------------------------- picture and report
+
+
+def test_picture_and_report(world, faked, tmp_path):
+    rows, model, _ = world
+    log = [{"step": n, "ce": 2 / n, "retrieval": math.nan, "cosine": 0.1 * n} for n in range(1, 9)]
+    log = "".join(json.dumps(entry) + "\n" for entry in log) + '{"step": 9, "ce'
+    (tmp_path / "log.jsonl").write_text(log)
+    evaluate.evaluate(model, rows, tmp_path)
+    evaluate.draw(model, rows, tmp_path, tmp_path / "log.jsonl", samples=4)
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"https?:|//|<script|<link|@import|url\(", re.sub(r"base64,[^\"]*", "", page))
+    assert "Pan &lt;b&gt;Left&lt;/b&gt;" in page and "<b>Left" not in page
+    assert "clip 0 &amp; how" in page or "&amp; how" in page
+    assert "I &lt;look&gt;" in page and "<look>" not in page
+    assert page.count("<article") == 4
+    assert page.count("<img") == 4 * 3  # a film strip and two blocks each
+    assert "latent_start" not in page and "$" not in page
+    assert page.count("<polyline") == 2  # ce and cosine; retrieval has no finite value
+    with Image.open(tmp_path / "picture.png") as image:
+        assert image.width > 1000 and image.height > 500
+
+
+def test_draw_without_a_video_or_a_log(world, faked, tmp_path):
+    rows, model, _ = world
+    evaluate.evaluate(model, rows, tmp_path, {"video": "none"}, limit=3)
+    evaluate.draw(model, rows, tmp_path)
+    assert "<polyline" not in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "picture.png").is_file()
+
+
+def test_heat_is_highest_where_the_latent_comes_from():
+    tokens = torch.randn(2, 3, 3, 16, generator=torch.Generator().manual_seed(0))
+    latents = tokens[1, 2, 0].expand(1, 4, 16)
+    maps = evaluate.heat_maps(latents, tokens, torch.zeros(4, 16))
+    assert maps.shape == (1, 2, 3, 3) and maps.argmax() == 9 + 6
+    assert maps.min() == 0 and maps.max() == 1
+
+
+# ---------------------------------------------------------------- the real thing, small
+
+
+@pytest.mark.parametrize("kind", ["zero", "noise", "pad", "swap", "oracle"])
+def test_generate_takes_every_feed_with_rows_in_different_states(world, monkeypatch, kind):
+    rows, thinker, _ = world
+    starts = {row: (row + 1, row + 9) for row in range(3)}  # the steps at which a row begins a block
+    step = iter(range(1000))
+
+    def scripted(logits, *args):
+        now = next(step) % 20
+        word, start = thinker.tokenize("a")[0], thinker.ids["latent_start"]
+        return torch.tensor([start if now in starts[row] else word for row in range(len(logits))])
+
+    monkeypatch.setattr("model.pick", scripted)
+    how = evaluate.PLAIN | {"latents": kind, "max_new": 20}
+    answers = evaluate.answer(
+        thinker, rows, [0, 2, 4], how, lambda i: evaluate.true_latents(thinker, rows[i])
+    )
+    assert [one["blocks"] for one in answers] == [2, 2, 2]
+    assert all(one["cut"] for one in answers)
+    for one in answers:
+        if kind == "zero":
+            assert one["latents"].eq(0).all()
+        if kind == "oracle":
+            assert torch.allclose(one["latents"], evaluate.true_latents(thinker, rows[one["row"]]))
+
+
+def test_command_line_and_two_processes_give_the_same_answers(world):
+    folder = world[2]
+    words = [f"MODEL={folder / 'model'}", f"DATA={folder / 'data'}", "MAX_NEW=12", "BATCH=4"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = [*two, ROOT / "evaluate.py", *words, f"OUT={folder / 'two'}"]
+    done = subprocess.run(run, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "micro" in done.stdout and "report.html" in done.stdout
+    rows, model, _ = world
+    evaluate.evaluate(model, rows, folder / "one", {"max_new": 12, "batch": 4})
+    one, both = (evaluate.read_lines(folder / name / "results.jsonl") for name in ("one", "two"))
+    assert one == both and len(one) == 12
+    assert json.loads((folder / "two" / "settings.json").read_text())["max_new"] == 12
+
+
+def test_bad_control_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "VIDEO=noen"])
+    with pytest.raises(SystemExit, match="^VIDEO=noen is none of none, other, shuffled"):
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")

@@ -1,0 +1,618 @@
+"""The toy world's signs and labels, the questions' honesty, the files' exactness, and a run on real video."""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import generate_data as gd
+from model import read_rows
+
+SCRIPT = Path(gd.__file__)
+FEW = ["TRAIN_CLIPS=14", "TEST_CLIPS=4", "RL_TRAIN_CLIPS=4", "RL_TEST_CLIPS=2", "PRETRAIN_CLIPS=4"]
+FEW += ["PRETRAIN_TEST_CLIPS=2", "OPTION_ROWS=6"]
+LAST = gd.FRAMES - 1
+MOTION_WORDS = "mov|pan|tilt|roll|dolly|truck|pedestal|toward|away|closer|farther|speed|up\\b|down"
+
+
+def generate(monkeypatch, out, *words):
+    """Runs the script in this process with KEY=value words; returns the folder."""
+    monkeypatch.setattr(sys, "argv", ["generate_data.py", f"OUT={out}", *words])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    return Path(out)
+
+
+def files_of(folder):
+    """{relative path: bytes} of all files of a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rows_of(path):
+    """The raw rows of a jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def scene_of(kind, seed, camera=(), **mover):
+    """A rendered scene with the given camera segments and the given labels of its mover."""
+    rng = np.random.default_rng(seed)
+    anchor = camera[0][1] if len(camera) == 2 else LAST // 2
+    movers = [gd.draw_mover(rng, "camera") | mover]
+    for _ in range(5000):
+        scene = gd.draw_scene(rng, {"kind": kind, "camera": list(camera), "movers": movers, "anchor": anchor})
+        if gd.fits(scene):
+            scene["look"] = gd.draw_look(rng)
+            frames, masks, areas = gd.render(scene, gd.SIZE, gd.HFOV)
+            asked = scene["asked"][0]["name"]
+            if min(masks[asked][[0, -1]].mean((1, 2))) > 0.02:
+                return scene | {"frames": frames, "masks": masks, "areas": areas, "name": asked}
+    raise AssertionError(f"no scene for {camera} {mover}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small finished toy folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        return generate(patch, tmp_path_factory.mktemp("toy") / "out", *FEW, "WORKERS=2")
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """120 toy clips with their made rows."""
+    return [gd.toy_clip("train", number)[:2] for number in range(120)]
+
+
+# ---------------------------------------------------------------- the world
+
+
+# film conventions: how the landmark shifts in the image (x right, y down) or grows
+@pytest.mark.parametrize(
+    ("label", "axis", "sign", "sun"),
+    [
+        ("Pan Left", 0, 1, True),
+        ("Pan Right", 0, -1, True),
+        ("Tilt Up", 1, 1, True),
+        ("Tilt Down", 1, -1, True),
+        ("Truck Left", 0, 1, False),
+        ("Truck Right", 0, -1, False),
+        ("Pedestal Up", 1, 1, False),
+        ("Pedestal Down", 1, -1, False),
+        ("Dolly In", 2, 1, False),
+        ("Dolly Out", 2, -1, False),
+    ],
+)
+def test_camera_movements_shift_the_landmark_as_in_film(label, axis, sign, sun):
+    """Eq. 3 on the masks; the sun is at infinity, so only turning the camera moves it."""
+    for seed in range(4):
+        scene = scene_of("camera", seed, [(0, LAST, label)])
+        masks = scene["masks"][scene["name"]]
+        cue = gd.static_cue(masks[0], masks[-1])
+        assert sign * cue[axis] > (0.15, 0.15, np.log(1.5))[axis]
+        suns = [gd.where(mask[None]) for mask in scene["masks"]["sun"][[0, -1]]]
+        if all(suns) and min(s[2] for s in suns) > 0.01 and min(s[1] for s in suns) > 0.1:
+            moved = np.array(suns[1][:2]) - suns[0][:2]
+            assert sign * moved[axis] > 0.15 if sun else np.abs(moved).max() < 0.06
+
+
+@pytest.mark.parametrize(("label", "sign"), [("Roll Clockwise", 1), ("Roll Counter-Clockwise", -1)])
+def test_roll_turns_the_horizon_the_other_way(label, sign):
+    """A camera that rolls clockwise sees the right end of the horizon rise: less sky in the right half."""
+    for seed in range(4):
+        scene = scene_of("camera", seed, [(0, LAST, label)])
+        is_sky = gd.camera_rays(scene["rot"], gd.SIZE, gd.HFOV)[1] > 0
+        left, right = np.split(is_sky, 2, axis=2)
+        lean = (left.mean((1, 2)) - right.mean((1, 2))).round(6)
+        assert sign * (lean[-1] - lean[0]) > 0.15
+        clip = {"rot": scene["rot"][[0, 0, -1, -1]], "times": [0, 1, 2, 3], "frames": scene["frames"]}
+        leans = [entry.split()[-1] for entry in gd.track(clip, "horizon", False).split(", ")]
+        assert leans == (["sloping-right", "sloping-left"] if sign > 0 else ["sloping-left", "sloping-right"])
+
+
+def test_two_segments_follow_each_other():
+    """Each segment moves its own axis, in its own frames."""
+    scene = scene_of("camera", 1, [(0, 3, "Pan Left"), (3, LAST, "Dolly In")])
+    masks = scene["masks"][scene["name"]]
+    first, second = gd.static_cue(masks[0], masks[3]), gd.static_cue(masks[3], masks[-1])
+    assert first[0] > 0.15 and abs(first[2]) < 0.4
+    assert abs(second[0]) < 0.15 and second[2] > np.log(1.4)
+
+
+@pytest.mark.parametrize("label", gd.DIRECTIONS)
+def test_objects_move_as_labelled(label):
+    """With a resting camera the centroid and the area show the label's direction."""
+    right, up, forward = gd.DIRECTIONS[label]
+    for seed in range(2):
+        scene = scene_of("object", seed, direction=label, step=gd.DIRECTIONS[label])
+        masks = scene["masks"][scene["name"]]
+        x, y, growth = gd.static_cue(masks[0], masks[-1])
+        for moved, way in ((x, right), (-y, up)):
+            assert moved * way > 0.12 if way else abs(moved) < (0.25 if forward else 0.1)
+        assert growth * -forward > np.log(1.5) if forward else abs(growth) < np.log(1.6)
+
+
+def test_object_directions_are_free_of_camera_motion():
+    """While the camera trucks along with it, a thing that moves right stays in place in the image."""
+    camera = [(0, LAST, "Truck Right")]
+    scene = scene_of("object", 0, camera, direction="Moving Right", step=(1, 0, 0))
+    x, _, _ = gd.static_cue(*scene["masks"][scene["name"]][[0, -1]])
+    assert abs(x) < 0.15
+
+
+def test_masks_are_exact_under_occlusion():
+    """Masks are disjoint, the nearer thing hides the farther, a mask is where its thing changes pixels."""
+    scene = scene_of("object", 3)
+    scene["things"] = scene["things"][:1]
+    front = scene["things"][0] | {"name": "red copy", "colour": "white", "shape": "ball"}
+    middle = (scene["things"][0]["path"] + scene["pos"]) / 2
+    front |= {"path": middle, "half": scene["things"][0]["half"] * np.float32(0.4)}
+    scene["things"] = [scene["things"][0], front]
+    both, masks, areas = gd.render(scene, gd.SIZE, gd.HFOV)
+    behind = scene["things"][0]["name"]
+    assert not (masks[behind] & masks["red copy"]).any()
+    assert (masks["red copy"].sum((1, 2)) == areas["red copy"]).all()
+    assert (masks[behind].sum((1, 2)) < areas[behind]).all() and masks[behind].any()
+    scene["things"][1] = front | {"colour": "purple"}
+    other, _, _ = gd.render(scene, gd.SIZE, gd.HFOV)
+    assert ((both != other).any(-1) == masks["red copy"]).all()
+
+
+def test_projection_agrees_with_the_masks():
+    """The projected centre of a ball is the centre of its mask, and depth is along the camera's axis."""
+    scene = scene_of("object", 5)
+    ball = scene["things"][0] | {"shape": "ball", "half": np.float32([0.5, 0.5]), "name": "ball"}
+    scene["things"] = [ball]
+    masks = gd.render(scene, gd.SIZE, gd.HFOV)[1]["ball"]
+    x, y, depth = gd.project(ball["path"], scene["pos"], scene["rot"], gd.HFOV)
+    spot = gd.where(masks[:1])
+    assert abs(spot[0] - x[0]) < 0.03 and abs(spot[1] - y[0]) < 0.03
+    radius = np.sqrt(spot[2] / np.pi) * gd.view_width(gd.HFOV) * depth[0]
+    assert abs(radius - 0.5) < 0.12
+
+
+# ---------------------------------------------------------------- labels and words
+
+
+def test_direction_labels_are_exact():
+    """Each label is found for its own vector, never its neighbour's; between two of them there is none."""
+    for label, way in gd.DIRECTIONS.items():
+        assert gd.direction_label(np.array(way) * 0.4) == label
+    assert gd.direction_label((-0.3, 0.3, 0)) == "Moving Left-Up"
+    assert gd.direction_label((-0.3, 0.12, 0)) is None  # 22 degrees: neither left nor left-up
+    assert gd.direction_label((0.3, 0, 0.25)) is None
+    assert gd.direction_label((0.01, 0.01, 0)) == "Stationary"
+
+
+def test_distance_is_read_from_depth_and_not_from_the_direction():
+    """A thing that moves left and comes nearer: one label each, by its own rule."""
+    closer = np.linspace(6, 4, 8)
+    facts = gd.motion_labels((-0.5, 0, 0.1), closer)
+    assert facts == {"direction": "Moving Left", "distance": "Getting Closer to Camera"}
+    there_and_back = [5, 4.5, 4, 3.8, 3.8, 4, 4.5, 5]
+    assert gd.motion_labels((0, 0, 0), there_and_back)["distance"] == "First Getting Closer, Then Farther"
+    back_and_there = [4, 4.5, 5, 5.3, 5.3, 5, 4.5, 4]
+    assert gd.motion_labels((0, 0, 0), back_and_there)["distance"] == "First Getting Farther, Then Closer"
+    assert gd.motion_labels((0, 0, 0), [5] * 8)["distance"] == "Maintaining Roughly the Same Distance"
+    assert gd.motion_labels((0, 0, 0), np.linspace(5, 4.3, 8))["distance"] is None
+
+
+@pytest.mark.parametrize("label", gd.SPEEDS)
+def test_speeds_have_their_pace(label):
+    """Early, middle and late steps of a path compare as the label says."""
+    steps = np.diff(gd.SPEEDS[label](np.linspace(0, 1, gd.FRAMES)))
+    early, middle, late = steps[:2].mean(), steps[2:5].mean(), steps[-2:].mean()
+    orders = {
+        "Constant": np.allclose(steps, steps[0]),
+        "Speeding Up": early * 1.5 < middle < late / 1.2,
+        "Slowing Down": early > middle * 1.2 > late * 1.5,
+        "First Speeding Up, Then Slowing Down": middle > 1.5 * max(early, late),
+        "First Slowing Down, Then Speeding Up": middle * 1.5 < min(early, late),
+    }
+    assert orders[label] and abs(steps.sum() - 1) < 1e-9
+
+
+def test_overlay_is_equation_1():
+    """Worked numbers: red at 0.4 over a grey pixel, and an untouched pixel."""
+    frame = np.full((1, 2, 3), 100, np.uint8)
+    out = gd.overlay(frame, np.array([[True, False]]), 0.4, (255, 0, 0))
+    assert out.tolist() == [[[162, 60, 60], [100, 100, 100]]]
+
+
+def test_spots_are_spelled_in_fifths():
+    """Worked examples of the location words, and "hidden" for a thing that is too small."""
+    mask = np.zeros((1, 50, 50), bool)
+    mask[0, 40:50, 0:10] = True
+    assert gd.spell_spot(gd.where(mask)) == "leftmost bottom small"
+    clip = {"frames": np.zeros((2, 50, 50, 3)), "times": [0, 1], "masks": {"box": np.repeat(mask, 2, 0)}}
+    assert gd.track(clip, "box", True) == "x 4 y 44"
+    assert gd.spell_spot(gd.where(np.zeros((1, 50, 50), bool))) == "hidden"
+
+
+# ---------------------------------------------------------------- questions
+
+
+def test_no_question_has_two_true_answers(clips):
+    """Options differ, are of the truth's own kind, and only the truth agrees with the scene's geometry."""
+    seen = Counter()
+    for clip, items in clips:
+        for item in items:
+            row, label = item["row"], item["label"]
+            options = dict(re.findall(r"^([A-F])\. (.*)$", row["text_input"], flags=re.M))
+            seen[row["subtask"]] += 1
+            assert len(options) == 4 == len(set(options.values())) and options[item["key"]] == label
+            wrong = [text for text in options.values() if text != label]
+            if row["subtask"].startswith("camera"):
+                start, end = (int(n) for n in row["id"].rpartition("_")[2].split("->"))
+                assert (start, end, label) in clip["camera"]
+                assert all(text in (gd.PAIRS if " and " in label else gd.MOVES) for text in wrong)
+                axes = [move.split()[0] for move in label.split(" and ")]
+                true = {move for s, e, name in clip["camera"] for move in name.split(" and ") if s == start}
+                assert all(set(text.split(" and ")) != true for text in wrong) and len(set(axes)) == len(axes)
+            if row["subtask"] == "object_box":
+                box = json.loads(label)
+                assert all(overlap(box, json.loads(text)) < 0.34 for text in wrong)
+            if row["subtask"] in ("object_direction", "object_distance"):
+                thing = next(t for t in clip["things"] if t["name"] in row["text_input"])
+                path, rot, pos = thing["path"], clip["rot"], clip["pos"]
+                depth = ((path[0] + path[-1]) / 2 - pos[0]) @ rot[0][:, 2]
+                facts = gd.motion_labels(
+                    rot[0].T @ (path[-1] - path[0]) / depth, np.linalg.norm(path - pos, axis=1)
+                )
+                assert facts[row["subtask"].split("_")[1]] == label
+    assert len(seen) == 7 and sum(seen.values()) > 130
+
+
+def overlap(a, b):
+    """Intersection over union of two boxes."""
+    w = max(0, min(a[2], b[2]) - max(a[0], b[0]))
+    h = max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return w * h / (sum(areas) - w * h)
+
+
+@pytest.mark.parametrize("kind", ["single", "pair", "direction", "distance", "speed"])
+def test_the_options_alone_do_not_tell_the_truth(kind):
+    """Guessing the most frequent truth of each set of options, counted on other draws: near 25 %."""
+    rng = np.random.default_rng(0)
+    family = gd.VOCABULARY[kind]
+    counts, hits, draws = defaultdict(Counter), 0, 6000
+    for _ in range(draws):
+        label = family[rng.integers(len(family))]
+        counts[frozenset(gd.draw_options(rng, kind, label))][label] += 1
+    for _ in range(2000):
+        label = family[rng.integers(len(family))]
+        known = counts[frozenset(gd.draw_options(rng, kind, label))]
+        hits += bool(known) and known.most_common(1)[0][0] == label
+    assert hits / 2000 < 0.30
+    if kind == "direction":
+        with_it = [c for options, c in counts.items() if "Stationary" in options]
+        share = sum(c["Stationary"] for c in with_it) / sum(sum(c.values()) for c in with_it)
+        assert abs(share - 0.25) < 0.03
+
+
+def test_labels_and_letters_are_balanced(clips):
+    """Letters are uniform, and no direction or single movement is rare."""
+    items = [item for _, made in clips for item in made]
+    letters = Counter(item["key"] for item in items)
+    assert min(letters.values()) > 0.15 * len(items)
+    rng = np.random.default_rng(1)
+    movers = Counter(gd.draw_mover(rng, "object").get("direction") for _ in range(3000))
+    movers.pop(None)
+    assert set(movers) == set(gd.DIRECTIONS) and max(movers.values()) < 1.35 * min(movers.values())
+
+
+def test_phrases_vary_and_name_the_label_last():
+    """At least 6 phrasings of each step; an ending ends with the label in its exact words."""
+    for ask, phrases in gd.PHRASES.items():
+        for step in ("open", "link", "end"):
+            assert step not in phrases or len(set(phrases[step])) >= 6, (ask, step)
+        assert all(phrase.endswith("{label}.") for phrase in phrases.get("end", []))
+
+
+def test_imagery_does_not_tell_the_trajectory(clips):
+    """Outside the label no word of the imagery says where or how large a thing is, or how it moves."""
+    places = {*gd.X_WORDS, *gd.Y_WORDS, *gd.SIZE_WORDS, "hidden", "up", "down", "closer", "farther", "larger"}
+    lengths = []
+    for _, items in clips:
+        for item in items:
+            thought = item["cot"]["imagery"].split("</think>")[0].removeprefix("<think>")
+            assert thought.endswith(item["label"] + ".") and thought.count(item["label"]) == 1
+            assert not places & set(re.findall(r"[a-z]+", thought.replace(item["label"], "")))
+            lengths.append(len(thought.replace("<output_image>", "").split()))
+            looks = len(item["row"]["image_output"])
+            assert (looks == 2) if item["row"]["subtask"].startswith("camera") else 2 <= looks <= 5
+    assert 20 < np.mean(lengths) < 60
+
+
+def test_validator_names_each_defect():
+    """A good row passes; each defect has its own reason."""
+    row = {
+        "text_input": "How?\n\nA. Pan Left\nB. Pan Right",
+        "times": [0.0, 2.0, 4.0],
+        "subtask": "camera_single",
+    }
+    row["image_output"] = ["x/static_f0000.jpg", "x/static_f0002.jpg"]
+    good = "<think>At 0s. <output_image> At 4s. <output_image> So it is Pan Right.</think>"
+    good += "\n<answer>B. Pan Right</answer>"
+    assert gd.validate(row | {"text_output": good}, "B") is None
+    bad = {
+        "placeholders": good.replace("<output_image>", "", 1),
+        "tags": good.replace("</think>", ""),
+        "tags ": good + " I am sure.",
+        "tags  ": good.replace("So it", "<answer>B. Pan Right</answer> So it"),
+        "not all in": good.replace("At 4s. <output_image>", "").replace(
+            "<answer>B.", "<answer><output_image>B."
+        ),
+        "option letter": good.replace("So it is", "So option B is"),
+        "key": good.replace("<answer>B. Pan Right", "<answer>A. Pan Left"),
+        "key ": good.replace("<answer>B. Pan Right", "<answer>B. Pan Left"),
+        "key  ": good.replace("<answer>B. Pan Right", "<answer>Pan Right"),
+    }
+    for word, text in bad.items():
+        assert word.strip() in gd.validate(row | {"text_output": text}, "B"), word
+    late = row | {"text_output": good, "image_output": row["image_output"][::-1]}
+    assert "time order" in gd.validate(late, "B")
+    outside = row | {"text_output": good, "image_output": ["x/static_f0000.jpg", "x/static_f0007.jpg"]}
+    assert "time order" in gd.validate(outside, "B")
+    twice = row | {"text_output": good, "text_input": row["text_input"] + "\nC. Pan Right"}
+    assert "same" in gd.validate(twice, "B")
+
+
+def test_rejected_rows_are_made_again_and_then_dropped():
+    """Rows that stay bad are dropped with their reason; a maker that recovers loses nothing."""
+    row = {"text_input": "How?\n\nA. x\nB. y", "times": [], "subtask": "colour", "image_output": []}
+    good, bad = (
+        {"row": row | {"text_output": f"<think></think>\n<answer>{a}</answer>"}} for a in ("A. x", "C. z")
+    )
+    tries = iter([[bad], [good]])
+    assert gd.accept(lambda rng, clip: next(tries), None, None) == ([good], {})
+    kept, reasons = gd.accept(lambda rng, clip: [good, bad], None, None)
+    assert kept == [good] and reasons == {"the answer is not the key": 1}
+
+
+def test_option_rows_are_answered():
+    """The text-only rows hold one or five questions, each answer is the option that was asked for."""
+    for number in range(40):
+        row = gd.option_row("pretrain", number)["row"]
+        asked = re.findall(r'says "(.*)"\.', row["text_input"])
+        answers = re.search("<answer>(.*)</answer>", row["text_output"], flags=re.S)[1].split("\n")
+        assert len(asked) == len(answers) == (5 if number % 2 else 1) and row["image_input"] == []
+        blocks = row["text_input"].split("\n\n")[1::2]
+        for n, (label, answer, block) in enumerate(zip(asked, answers, blocks), 1):
+            answer = answer.removeprefix(f"{n} ") if number % 2 else answer
+            assert answer.endswith(". " + label) and answer in block.split("\n")
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_rows_of_the_three_forms_ask_the_same(folder):
+    """noimage is imagery without its placeholders; verbal has words in their place; the rest is equal."""
+    forms = [rows_of(folder / f"train_{form}.jsonl") for form in gd.FORMS]
+    assert len(forms[0]) > 14
+    for imagery, noimage, verbal in zip(*forms):
+        for field in imagery:
+            if field not in ("text_output", "image_output"):
+                assert imagery[field] == noimage[field] == verbal[field]
+        assert noimage["text_output"] == imagery["text_output"].replace(" <output_image>", "")
+        assert noimage["image_output"] == verbal["image_output"] == []
+        words = re.sub(r"It is (hidden|[a-z]+ [a-z]+ [a-z]+)\.", "<output_image>", verbal["text_output"])
+        assert words == imagery["text_output"]
+
+
+def test_files_are_read_by_the_other_stages(folder):
+    """read_rows takes every jsonl, so the images exist; frames are of SIZE; meta.json counts right."""
+    for path in sorted(folder.glob("*.jsonl")):
+        for row in read_rows(path):
+            assert len(row["times"]) == len(row["image_input"])
+            assert row["key"] in row["options"] or row["subtask"] in ("grounding", "fine", "options5")
+    row = read_rows(folder / "train_imagery.jsonl")[0]
+    assert Image.open(row["image_input"][0]).size == (gd.SIZE, gd.SIZE)
+    assert row["text_output"].count("<output_image>") == len(row["image_output"])
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["constants"]["SEED"] == 0 and meta["counts"]["train"]["rows"] == len(
+        rows_of(folder / "train_imagery.jsonl")
+    )
+
+
+def test_boxes_are_pixels_of_the_stored_frames(monkeypatch, tmp_path):
+    """The answer's box bounds what the last overlay reddens, in files."""
+    words = ["TRAIN_CLIPS=8", "TEST_CLIPS=1", "RL_TRAIN_CLIPS=1", "RL_TEST_CLIPS=1"]
+    words += ["P_BOX=1.0", "P_DISTANCE=0.0", "P_OBJECT_CLIP=1.0", "COT=imagery", "WORKERS=1", "SIZE=84"]
+    out = generate(monkeypatch, tmp_path / "boxes", *words)
+    rows = [row for row in rows_of(out / "train_imagery.jsonl") if row["subtask"] == "object_box"]
+    assert len(rows) >= 5 and not (out / "train_verbal.jsonl").exists()
+    for row in rows:
+        number = int(row["image_output"][-1][-8:-4])
+        frame, marked = (
+            np.asarray(Image.open(out / name)).astype(int)
+            for name in (row["image_input"][number], row["image_output"][-1])
+        )
+        y, x = np.nonzero(np.abs(frame - marked).max(-1) > 40)
+        label = json.loads(row["text_output"].split("<answer>")[1][3:].split("</answer>")[0])
+        assert np.abs(np.array(label) - [x.min(), y.min(), x.max() + 1, y.max() + 1]).max() <= 2
+        assert "84 x 84" in row["text_input"]
+
+
+def test_splits_share_no_clip_and_ids_are_unique(folder):
+    """A clip belongs to one split; every id is unique in its file; ids have the release's shape."""
+    clips = {}
+    for path in folder.glob("*.jsonl"):
+        split = re.sub("_(imagery|noimage|verbal)$", "", path.stem)
+        rows = rows_of(path)
+        clips.setdefault(split, set()).update(row["clip"] for row in rows)
+        assert len({row["id"] for row in rows}) == len(rows)
+    names = [name for split in clips for name in clips[split]]
+    assert len(clips) == 6 and len(names) == len(set(names))
+    for row in rows_of(folder / "train_imagery.jsonl"):
+        assert re.fullmatch(
+            rf"{row['clip']}_(\d->\d|dynamic_(direct|bbox|distance|speed)(_\w+-\w+)?)", row["id"]
+        )
+
+
+def test_rl_rows_are_compound(folder):
+    """4DRL rows: the release's fields, four options, a question about two things at once."""
+    for row in rows_of(folder / "rl_train.jsonl"):
+        options = [row[letter] for letter in "ABCD"]
+        assert len(set(options)) == 4 and row["Correct"] in "ABCD" and row["video_path"] == ""
+        assert row["Type"] in ("compound_both", "compound_sequence")
+        assert all(text.startswith(("Camera: ", "First ")) for text in options)
+        assert len(row["frame_paths"]) == len(row["times"]) == gd.FRAMES
+
+
+def test_grounding_rows_name_no_motion(folder):
+    """Pretraining rows track things over frame pairs without any word of motion."""
+    rows = [row for row in rows_of(folder / "pretrain.jsonl") if row["image_input"]]
+    assert {row["subtask"] for row in rows} >= {"grounding", "fine"}
+    for row in rows:
+        assert not re.search(
+            MOTION_WORDS, (row["text_input"] + row["text_output"]).lower().replace("upper", "")
+        )
+        if row["subtask"] == "grounding":
+            lines = re.search("<answer>(.*)</answer>", row["text_output"], flags=re.S)[1].split("\n")
+            assert all(len(line.split(": ")[1].split(", ")) == gd.FRAMES // 2 for line in lines)
+
+
+def test_same_seed_same_bytes_and_a_killed_run_continues(folder, monkeypatch, tmp_path):
+    """One worker writes what two write; a folder cut off in the middle is finished to the same bytes."""
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut)
+    for name in ("meta.json", "train_imagery.jsonl", "rl_train.jsonl"):
+        (cut / name).unlink()
+    clips = sorted((cut / "processed_data").iterdir())
+    for clip in clips[::3]:
+        shutil.rmtree(clip)
+    half = cut / "processed_data" / f"{clips[0].name}.part"
+    (half / "frames").mkdir(parents=True)
+    (half / "frames" / "frame_0000.jpg").write_bytes(b"half")
+    kept = clips[1] / "rows.json"
+    before = kept.stat().st_mtime_ns
+    generate(monkeypatch, cut, *FEW, "WORKERS=1")
+    assert kept.stat().st_mtime_ns == before
+    assert files_of(cut) == files_of(folder)
+
+
+def test_finished_and_foreign_folders_are_named(folder, monkeypatch, tmp_path, capsys):
+    """A finished folder: said, exit 0. Other constants, a foreign folder, unknown choices: a sentence."""
+    with pytest.raises(SystemExit) as done:
+        generate(monkeypatch, folder, *FEW)
+    assert done.value.code == 0 and "finished" in capsys.readouterr().out
+    (tmp_path / "mine.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    wrong = {
+        "another SEED": (folder, *FEW, "SEED=1"),
+        "something else": (tmp_path, *FEW),
+        "COT=words is not one of": (tmp_path / "a", "COT=words"),
+        "holds no mp4": (tmp_path / "a", "SOURCE=videos", f"VIDEOS={tmp_path / 'empty'}"),
+        "holds no mp4 ": (tmp_path / "a", "SOURCE=videos"),
+        "TRAIN_CLIPS": (tmp_path / "a", "TRAIN_CLIP=3"),
+    }
+    for sentence, words in wrong.items():
+        with pytest.raises(SystemExit) as refused:
+            generate(monkeypatch, *words)
+        assert sentence.strip() in str(refused.value.code), sentence
+    assert not (tmp_path / "a").exists()
+
+
+# ---------------------------------------------------------------- real footage
+
+
+def write_video(path, frames, fps):
+    """frames (T, H, W, 3) uint8 -> an mp4 file."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = (
+            frames.shape[2],
+            frames.shape[1],
+            "yuv420p",
+            10**7,
+        )
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def moving_square(step_x, step_y, shift, count=20, seed=0):
+    """A bright square on a textured ground: it moves by step, the whole picture by shift a frame."""
+    rng = np.random.default_rng(seed)
+    ground = np.kron(rng.integers(40, 120, (40, 60)), np.ones((6, 6))).astype(np.uint8)
+    frames = []
+    for t in range(count):
+        picture = np.roll(ground, t * shift, 1)[:96, :128].copy()
+        x, y = 30 + t * (step_x + shift), 30 + t * step_y
+        picture[y : y + 22, x : x + 22] = 250
+        frames.append(np.repeat(picture[:, :, None], 3, 2))
+    return np.stack(frames)
+
+
+def test_motion_masks_follow_the_square_and_the_background():
+    """The largest region is the square, the shift is that of the background."""
+    frames = moving_square(4, 0, 2, count=8)
+    masks, shifts = gd.motion_masks(frames)
+    assert shifts[:, 1].tolist() == [2 * t for t in range(8)] and not shifts[:, 0].any()
+    for t in (0, 7):
+        x, y, area = gd.where(masks[[t]])
+        assert abs(x * 128 - (41 + 6 * t)) < 8 and abs(y * 96 - 41) < 4 and 0.01 < area < 0.06
+
+
+def test_largest_regions_are_connected():
+    """A worked example: the region of 3 pixels is kept, a diagonal neighbour is another region."""
+    mask = np.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]], bool)[None]
+    assert gd.largest_regions(mask)[0].astype(int).tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert not gd.largest_regions(mask & False).any()
+
+
+def test_videos_become_rows(monkeypatch, tmp_path, capsys):
+    """True times, motion without the camera's share, splits by scene, unreadable files named."""
+    videos = tmp_path / "some clips"
+    (videos / "deep").mkdir(parents=True)
+    write_video(videos / "square_a.mp4", moving_square(2, 0, -1), 10)
+    write_video(videos / "square_b.mp4", moving_square(2, 0, -1, seed=1), 10)
+    write_video(videos / "deep" / "fällt.mp4", moving_square(0, 2, 1), 10)
+    (videos / "empty.mp4").write_bytes(b"")
+    (videos / "noise.mp4").write_bytes(bytes(range(256)) * 20)
+    words = [
+        "SOURCE=videos",
+        f"VIDEOS={videos}",
+        "SAMPLE_FPS=5.0",
+        "MAX_SIDE=96",
+        "WORKERS=1",
+        "HELD_OUT=0.3",
+    ]
+    out = generate(monkeypatch, tmp_path / "real", *words, "SEED=3")
+    told = capsys.readouterr().out
+    assert "empty.mp4 is unreadable" in told and "noise.mp4 is unreadable" in told
+    rows = {split: rows_of(out / f"{split}_imagery.jsonl") for split in ("train", "test")}
+    everything = rows["train"] + rows["test"]
+    labels = {row["text_output"].split("<answer>")[1][3:-9] for row in everything if "direct" in row["id"]}
+    assert labels == {"Moving Right", "Moving Down"}
+    assert all(np.allclose(np.diff(row["times"]), 0.2, atol=0.01) for row in everything)
+    assert all("the moving object" in row["text_input"] for row in everything)
+    split_of = defaultdict(set)
+    for split, found in rows.items():
+        for row in found:
+            split_of[row["clip"].split("_")[1]].add(split)
+    assert all(len(splits) == 1 for splits in split_of.values())
+    made = read_rows(out / "test_imagery.jsonl")
+    assert Image.open(made[0]["image_input"][0]).size == (96, 72)
+    with pytest.raises(SystemExit) as done:
+        generate(monkeypatch, out, *words, "SEED=3")
+    assert done.value.code == 0
+
+
+def test_scenes_share_a_split(tmp_path):
+    """Files named alike before the last "_" stay together; a single scene is on both sides."""
+    for name in ("car_1.mp4", "car_2.mp4", "bike.mp4", "dog.mp4"):
+        (tmp_path / name).touch()
+    split_of = {Path(path).stem: split for split, _, path in gd.list_videos(tmp_path)}
+    assert split_of["car_1"] == split_of["car_2"] and set(split_of.values()) == {"train", "test"}
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "car_1.mp4").touch()
+    assert [split for split, _, _ in gd.list_videos(alone)] == ["train", "test"]
