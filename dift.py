@@ -1,19 +1,22 @@
 """Dynamic-Imagery Fine-Tuning (paper Sec. 3.2): text by cross-entropy, imagery by cosine, vision frozen.
 
-In: a Qwen2.5-VL checkpoint (MODEL) and rows whose chain of thought holds `<output_image>` (DATA, see generate_data.py).
-Out: OUT/step_*/ (checkpoints), OUT/log.jsonl, and after the last step OUT/eval/ with scores, picture and report.
+In:  a Qwen2.5-VL checkpoint (MODEL) and rows whose chain of thought holds `<output_image>` (DATA).
+Out: OUT/step_*/ (checkpoints), OUT/log.jsonl, and after the last step OUT/eval/ with scores, picture, report.
 
-    python dift.py                                   # laptop: toy data is made first, then about 10 minutes
-    torchrun dift.py                                 # the same
-    torchrun --nproc_per_node=8 dift.py MODEL=Qwen2.5-VL-3B-Instruct DATA=data/dift_data.jsonl POOLING=strips LR=1e-5 ...
+    python dift.py                                        # laptop: the toy data is made first if missing
+    python dift.py MODEL=Qwen2.5-VL-3B-Instruct DATA=data/dift_data.jsonl POOLING=strips LR=1e-5 \\
+        WARMUP=10 GLOBAL_BATCH=8 MICRO_BATCH=1 W_CE=0.1 CHECKPOINTING=True CACHE_FEATURES=False  # one GPU
+    torchrun --nproc_per_node=8 dift.py ...               # the same run on eight; GLOBAL_BATCH stays
 
 Differs from the paper:
 - `grid` pooling by default: `strips` averages left and right away at the toy's resolution (ours)
-- cosine is also logged centred per latent index, with retrieval@1: the plain one falls for any constant (ours)
+- cosine is also logged centred per latent index, with retrieval@1: the plain one tells little (ours)
 - sums over all-reduced counts: the number of devices and of micro-batches does not change a step (ours)
+- with MATCH_NORM hidden states are fed back with the norm of the targets they were trained to be (ours)
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -31,19 +34,8 @@ import transformers
 from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
-from model import (
-    Images,
-    all_sum,
-    collate,
-    encode_row,
-    init_distributed,
-    load_model,
-    load_optimizer,
-    newest_checkpoint,
-    read_rows,
-    save_checkpoint,
-    set_constants,
-)
+from model import Images, all_sum, check, collate, encode_row, init_distributed
+from model import load_model, load_optimizer, read_rows, save_checkpoint, set_constants
 
 # --- paths
 MODEL = "assets/tiny"  # checkpoint folder to start from: the bundled tiny base, or any Qwen2.5-VL
@@ -51,7 +43,7 @@ DATA = "out/toy"  # folder made by generate_data.py, or one jsonl file; the toy 
 OUT = "out/dift"  # checkpoints, log, evaluation
 # --- data
 COT = "imagery"  # imagery | noimage | verbal: which chain of thought of a generated folder to learn (ours)
-TEST_ROWS = 600  # held-out rows scored at the end, at most
+TEST_ROWS = 1000  # held-out rows scored at the end, at most; 0: no evaluation
 MAX_PIXELS = None  # pixels of a frame; None: the checkpoint's own, or 256·28·28 (release)
 MIN_PIXELS = None  # None: the checkpoint's own, or 28·28 (release)
 SECONDS_PER_PAIR = None  # None: real time; 1.0: as the release trains, 2.0: as it evaluates
@@ -59,7 +51,7 @@ SUFFIX = ""  # instruction after the question; "": the checkpoint's own; @file r
 # --- model
 K = 4  # latents per image (release); 0: a stage without imagery (pretraining of the tiny base)
 POOLING = "grid"  # grid (ours) | strips (paper): how overlay tokens become K latents, Eq. 5
-MATCH_NORM = False  # True: latents fed back at inference are scaled to the mean norm of the targets (ours)
+MATCH_NORM = True  # at inference, hidden states are fed back with the mean norm of the targets (ours)
 TRAIN_VISION = False  # True only for pretraining (paper: frozen)
 # --- optimisation
 STEPS = 1000  # optimiser steps
@@ -73,7 +65,7 @@ W_CE = 1.0  # weight of the text loss in Eq. 7 (release: 0.1)
 W_SIM = 1.0  # weight of the imagery loss in Eq. 7 (release)
 # --- logging
 LOG_EVERY = 10  # steps between printed lines; every step goes to the log file
-EVAL_EVERY = 250  # steps between small evaluations (accuracy and retrieval@1 on 64 held-out rows); 0: never
+EVAL_EVERY = 250  # steps between looks at retrieval@1 on 64 held-out rows; 0: never
 SAVE_EVERY = 250  # steps between checkpoints
 # --- system
 RESUME = "auto"  # auto: go on from the newest checkpoint in OUT | never: start afresh
@@ -81,9 +73,11 @@ CACHE_FEATURES = True  # keep frozen-vision features in memory, so that a clip i
 CHECKPOINTING = False  # activation checkpointing: less memory, a third more time, the same numbers
 SEED = 0  # of the data order
 
+kept_on_resume = "MODEL DATA COT K POOLING TRAIN_VISION GLOBAL_BATCH LR W_CE W_SIM SEED".split()
+
 
 def dift_loss(logp, imagined, targets, n_text, n_latent, w_ce, w_sim):
-    """Eq. 7: L = w_ce·ce + w_sim·sim, as sums over the step's counts on all devices -> (loss, ce, sim), each ().
+    """Eq. 7: L = w_ce·ce + w_sim·sim, sums over the step's counts on all devices -> (loss, ce, sim), each ().
 
     logp (n,) of supervised tokens; imagined (m, D) = h_{t-1} and targets (m, D) = z_t at latent positions t.
     """
@@ -96,17 +90,16 @@ def dift_loss(logp, imagined, targets, n_text, n_latent, w_ce, w_sim):
 
 @torch.no_grad()
 def measure(loss, ce, sim, imagined, targets, K):
-    """Sums of a micro-batch for the log: loss, ce, sim, centred cosine, norm of h, norm of z over latents -> (6,).
+    """A micro-batch for the log -> (6,): loss, ce, sim; sums over latents of cosine, norm of h, norm of z.
 
-    The cosine is centred by the batch mean per latent index: pooled features share one direction, so the plain one
-    is near 1 even for the wrong image.
+    The cosine is centred by the batch mean per latent index: pooled features share one direction, so the
+    plain one is near 1 even for the wrong image.
     """
     sums = torch.stack([loss, ce, sim, *loss.new_zeros(3)])
     if targets is not None:
         h, z = (x.float().view(-1, K, x.shape[-1]) for x in (imagined, targets))  # (blocks, K, D)
-        sums[3] = F.cosine_similarity(h - h.mean(dim=0), z - z.mean(dim=0), dim=-1).sum()
-        sums[4] = h.norm(dim=-1).sum()
-        sums[5] = z.norm(dim=-1).sum()
+        cosine = F.cosine_similarity(h - h.mean(dim=0), z - z.mean(dim=0), dim=-1)
+        sums[3:] = torch.stack([cosine.sum(), h.norm(dim=-1).sum(), z.norm(dim=-1).sum()])
     return sums
 
 
@@ -116,15 +109,19 @@ def lr_at(step, steps, warmup, peak):
 
 
 def rows_of_step(step, count, batch, seed):
-    """Indices of a step's global batch: a walk through one shuffle an epoch, a function of (seed, step) alone."""
+    """Indices of a step's global batch: a walk through one shuffle per epoch, a function of (seed, step)."""
     positions = range(step * batch, (step + 1) * batch)
-    epochs = {position // count for position in positions}
-    orders = {epoch: random.Random(f"{seed}-{epoch}").sample(range(count), count) for epoch in epochs}
-    return [orders[position // count][position % count] for position in positions]
+    return [epoch_order(seed, position // count, count)[position % count] for position in positions]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, count):
+    """The order of the rows in one epoch."""
+    return random.Random(f"{seed}-{epoch}").sample(range(count), count)
 
 
 def split_files(data, cot):
-    """The training and the held-out file of DATA: of a generated folder by COT, or of one jsonl file by its name.
+    """Training and held-out file of DATA: of a generated folder by COT, or one jsonl file and its twin.
 
     A lone file is scored on `<name>_test.jsonl` beside it, or else on itself, which is no held-out score.
     """
@@ -145,78 +142,86 @@ def describe(sample, model):
     return re.sub(r"(<\|video_pad\|>)+", lambda pads: f"<|video_pad|> x {len(pads[0]) // 13}", "".join(parts))
 
 
-def groups_for_decay(model, weight_decay):
-    """AdamW's parameter groups: matrices decay; norms and biases do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decay = [parameter for parameter in trained if parameter.ndim > 1]
-    plain = [parameter for parameter in trained if parameter.ndim <= 1]
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def log_line(entry, steps, w_ce, w_sim):
+    """One step as a line of the log."""
+    shown = entry | {"retrieval": math.nan if entry["retrieval"] is None else entry["retrieval"]}
+    shown |= {"steps": steps, "rate": entry["tokens"] / entry["seconds"] / 1e3, "w_ce": w_ce, "w_sim": w_sim}
+    parts = ["step {step:5d}/{steps}", "loss {loss:.4f} = {w_ce:g} x ce {ce:.4f} + {w_sim:g} x sim {sim:.4f}"]
+    parts += ["cosine {cosine:.2f}", "retrieval {retrieval:.2f}", "gnorm {gnorm:.2f}", "lr {lr:.1e}"]
+    parts += ["latents {latents:.1f}", "{seconds:.2f} s", "{rate:.1f}k tok/s"]
+    return " | ".join(parts).format(**shown)
 
 
 if __name__ == "__main__":
     constants = set_constants(globals())
     rank, world, device = init_distributed()
-    if GLOBAL_BATCH % world:
-        sys.exit(f"GLOBAL_BATCH={GLOBAL_BATCH} is no multiple of the {world} processes; change one of them.")
-    say = print if rank == 0 else (lambda *words, **how: None)
+    check(RESUME in ("auto", "never"), f"RESUME={RESUME} is neither auto nor never.")
+    check(GLOBAL_BATCH % world == 0, f"GLOBAL_BATCH={GLOBAL_BATCH} is no multiple of the {world} processes.")
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *words, **how: None
 
     # data: the toy world is made where there is none
     if rank == 0 and not Path(DATA).exists() and Path(DATA).suffix != ".jsonl":
-        subprocess.run(
-            [sys.executable, Path(__file__).with_name("generate_data.py"), f"OUT={DATA}"], check=True
-        )
+        maker = Path(__file__).with_name("generate_data.py")
+        made = subprocess.run([sys.executable, maker, f"OUT={DATA}"])
+        check(made.returncode == 0, f"generate_data.py could not make {DATA}; see above.")
     if world > 1:
         dist.barrier()
     train_file, test_file = split_files(DATA, COT)
     rows = read_rows(train_file)
-    test_rows = read_rows(test_file, TEST_ROWS) if TEST_ROWS else []
+    test_rows = read_rows(test_file) if TEST_ROWS else []
 
-    # model
-    folders = sorted(Path(OUT).glob("step_*/config.json")) if RESUME == "auto" else []
-    parent = folders[-1].parent if folders else newest_checkpoint(MODEL)
-    start = json.loads(folders[-1].read_text())["run"]["step"] if folders else 0
-    words = Path(SUFFIX[1:]).read_text() if SUFFIX.startswith("@") else SUFFIX
+    # model: from the newest checkpoint in OUT, or from MODEL
+    done = sorted(Path(OUT).glob("step_*/config.json")) if RESUME == "auto" else []
+    run = json.loads(done[-1].read_text())["run"] if done else {"step": 0, **constants}
+    for name in kept_on_resume:
+        same = run[name] == constants[name]
+        check(same, f"OUT={OUT} holds a run with {name}={run[name]}; set another OUT, or RESUME=never.")
+    parent, start = done[-1].parent if done else MODEL, run["step"]
+    fine = not SUFFIX.startswith("@") or Path(SUFFIX[1:]).is_file()
+    check(fine, f"SUFFIX={SUFFIX} names no file; write the words themselves or @ and a path.")
+    suffix = Path(SUFFIX[1:]).read_text() if SUFFIX.startswith("@") else SUFFIX
     pixels = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "seconds_per_pair": SECONDS_PER_PAIR}
-    core = load_model(parent, device, K, POOLING, words, **pixels)
+    core = load_model(parent, device, K, POOLING, suffix, **pixels)
     core.net.model.visual.requires_grad_(TRAIN_VISION)
     if CHECKPOINTING:
         core.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = DistributedDataParallel(core, find_unused_parameters=TRAIN_VISION) if world > 1 else core
     images = Images(core, cache=CACHE_FEATURES and not TRAIN_VISION)
-    optimizer = torch.optim.AdamW(groups_for_decay(core, WEIGHT_DECAY), lr=LR)
+    split = {"rank": rank, "world": world, "images": images if images.cache else None}
+    trained = [parameter for parameter in core.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, LR, weight_decay=WEIGHT_DECAY)
     if start:
         load_optimizer(parent, core, optimizer)
 
     # log
-    Path(OUT).mkdir(parents=True, exist_ok=True)
-    log = Path(OUT) / "log.jsonl"
+    log, retrieval = Path(OUT) / "log.jsonl", None
+    lines = log.read_text().splitlines()[:start] if start else []
     if rank == 0:
-        kept = log.read_text().splitlines()[:start] if start else []
-        log.write_text("".join(line + "\n" for line in kept))
-    trained = sum(p.numel() for p in core.parameters() if p.requires_grad)
-    say(f"dift: {parent} -> {OUT}, {len(rows)} rows, step {start} of {STEPS}, {world} x {device.type}")
-    say(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {trained / 1e6:.2f} M trainable parameters"
-    )
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(line + "\n" for line in lines))
+    if lines:
+        retrieval = json.loads(lines[-1])["retrieval"]
+    count = sum(parameter.numel() for parameter in trained) / 1e6
+    say(f"dift: {parent} -> {OUT} | {train_file}, {len(rows)} rows | from step {start} | {world} x {device}")
+    say(f"torch {torch.__version__}, transformers {transformers.__version__}, {count:.2f} M trained weights")
     say(" ".join(f"{name}={value}" for name, value in constants.items()))
     say("first sample, [supervised] and {imagery}:", describe(encode_row(core, rows[0]), core), sep="\n")
+    if test_rows and test_file == train_file:
+        say(f"{train_file} has no held-out twin: the score at the end is on training rows.")
 
-    retrieval = math.nan
     for step in range(start, STEPS):
         began = time.time()
         lr = lr_at(step, STEPS, WARMUP, LR)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         mine = rows_of_step(step, len(rows), GLOBAL_BATCH, SEED)[rank::world]
         samples = sorted((encode_row(core, rows[index]) for index in mine), key=lambda s: len(s["ids"]))
-        micros = [samples[at : at + MICRO_BATCH] for at in range(0, len(samples), MICRO_BATCH)]
-        counts = [sum(int(s[name].sum()) for s in samples) for name in ("is_text", "is_latent")]
-        n_text, n_latent = all_sum(counts, device)
+        counts = [sum(int(s[name].sum()) for s in samples) for name in ("is_text", "is_latent", "is_real")]
+        n_text, n_latent, tokens = all_sum(counts, device)
         core.train()
         sums = torch.zeros(6, device=device)
-        for number, micro in enumerate(micros):
-            batch = images.add(collate(micro, core.ids["pad"]), device)
-            last = number == len(micros) - 1
+        for at in range(0, len(samples), MICRO_BATCH):
+            batch = images.add(collate(samples[at : at + MICRO_BATCH], core.ids["pad"]), device)
+            last = at + MICRO_BATCH >= len(samples)
             with contextlib.nullcontext() if last or world == 1 else model.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     logp, imagined, targets = model(batch)
@@ -228,40 +233,37 @@ if __name__ == "__main__":
         optimizer.zero_grad(set_to_none=True)
         core.eval()
 
-        # log and checkpoint
-        loss, ce, sim, *shape = all_sum(sums.tolist(), device)
-        cosine, norm_h, norm_z = (x / max(1, n_latent) for x in shape)
-        entry = {
-            "step": step + 1,
-            "loss": loss,
-            "ce": ce,
-            "sim": sim,
-            "cosine": cosine,
-            "retrieval": retrieval,
-        }
-        entry |= {
-            "gnorm": gnorm,
-            "lr": lr,
-            "latents": n_latent / GLOBAL_BATCH,
-            "norm_fed": norm_h,
-            "norm_true": norm_z,
-        }
-        seconds = time.time() - began
-        entry |= {"seconds": seconds, "tokens": sum(all_sum([sum(len(s["ids"]) for s in samples)], device))}
+        # the log of a step, and at times retrieval@1 and a checkpoint
+        parts = all_sum(sums.tolist(), device)
+        parts[3:] = [x / max(1, n_latent) for x in parts[3:]]
+        names = ("loss", "ce", "sim", "cosine", "norm_fed", "norm_true")
+        entry = {"step": step + 1} | dict(zip(names, parts))
+        if MATCH_NORM and n_latent:
+            core.net.config.latent_norm = parts[5]
+        if test_rows and n_latent and EVAL_EVERY and (step + 1) % EVAL_EVERY == 0:
+            look = evaluate.evaluate(core, test_rows, limit=64, **split)
+            retrieval = look["imagery"]["retrieval"]
+        entry |= {"retrieval": retrieval, "gnorm": gnorm, "lr": lr, "latents": n_latent / GLOBAL_BATCH}
+        entry |= {"seconds": time.time() - began, "tokens": tokens}
         if rank == 0:
             with open(log, "a") as file:
                 file.write(json.dumps(entry) + "\n")
         if (step + 1) % LOG_EVERY == 0 or step + 1 == STEPS:
-            say(
-                f"step {step + 1:5d}/{STEPS} | loss {loss:.4f} = {W_CE} x ce {ce:.4f} + {W_SIM} x sim {sim:.4f}"
-                f" | cosine {cosine:.2f} | retrieval {retrieval:.2f} | gnorm {gnorm:.2f} | lr {lr:.1e}"
-                f" | latents {n_latent / GLOBAL_BATCH:.1f} | {seconds:.2f} s | {entry['tokens'] / seconds / 1e3:.1f}k tok/s",
-                flush=True,
-            )
+            say(log_line(entry, STEPS, W_CE, W_SIM))
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == STEPS:
             if rank == 0:
-                save_checkpoint(
-                    OUT, step + 1, core, {"stage": "dift", "parent": str(parent), **constants}, optimizer
-                )
+                save_checkpoint(OUT, step + 1, core, constants, optimizer)
             if world > 1:
                 dist.barrier()
+
+    # scores, picture and report
+    if test_rows:
+        out = Path(OUT) / "eval"
+        split["resume"] = start >= STEPS  # answers of fewer steps than were trained now are no use
+        summary = evaluate.evaluate(core, test_rows, out, limit=TEST_ROWS, **split)
+        if rank == 0:
+            evaluate.print_table(summary)
+            evaluate.draw(core, test_rows, out, log)
+            say(f"{out}/summary.json, {out}/picture.png, {out}/report.html")
+    if world > 1:
+        dist.destroy_process_group()

@@ -70,7 +70,7 @@ PLAIN = {"video": "", "latents": "", "max_new": 512, "batch": 64, "seed": 0}  # 
 GROUPS = {"camera (both)": ("camera_single", "camera_pair")}  # subtasks that are also counted together
 CURVES = "loss ce sim cosine retrieval gnorm lr".split()  # fields of log.jsonl that the report draws
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
-FILM, HEAT = 160, 128  # pixels: width of a film frame and of a heat map
+FILM, HEAT = 194, 128  # pixels: width of a film frame and of a heat map
 FRAMES, PAIRS = 8, 4  # film frames and heat maps drawn at most, evenly spaced
 COLOURS = [(38, 12, 81), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]  # heat, low to high
 
@@ -337,10 +337,9 @@ def open_folder(out, settings, resume, rank):
     file = out / "settings.json"
     old = json.loads(file.read_text()) if resume and file.is_file() else {}
     for name in old:
-        was = f"{file}: the answers there are of {name}={old[name]!r}, this run has {settings.get(name)!r}"
-        check(
-            old[name] == settings.get(name), f"{was}; set another OUT, or RESUME=False to answer all again."
-        )
+        was, now = old[name], settings.get(name)
+        told = f"{file}: the answers there are of {name}={was!r}, this run has {now!r}"
+        check(was == now, f"{told}; set another OUT, or RESUME=False to answer all again.")
     done = {result["row"]: result for result in read_lines(out / "results.jsonl")} if old else {}
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -405,15 +404,15 @@ def thin(items, most):
 
 
 def heat_maps(blocks, tokens, common):
-    """How alike visual tokens are to blocks: (m, K, D), (t, h, w, D), the common (K, D) -> (m, t, h, w).
+    """Where and when a video looks like latent blocks: (m, K, D), (t, h, w, D), (K, D) -> (m, t, h, w).
 
-    The largest centred cosine over a block's latents, scaled so that all maps together span 0 to 1.
+    Unit vectors less what the clip has in common (`common` per latent index, the mean over time per place):
+    their inner product, the largest over K. So what stays the same is dark; each of the m maps spans 0 to 1.
     """
-    blocks = F.normalize(F.normalize(blocks, dim=-1) - common, dim=-1)
-    tokens = F.normalize(tokens, dim=-1)
-    tokens = F.normalize(tokens - tokens.mean(dim=(0, 1, 2)), dim=-1)
-    maps = torch.einsum("mkd,thwd->mthwk", blocks, tokens).amax(dim=-1)
-    return (maps - maps.min()) / (maps.max() - maps.min()).clamp(min=1e-6)
+    blocks, tokens = F.normalize(blocks, dim=-1) - common, F.normalize(tokens, dim=-1)
+    maps = torch.einsum("mkd,thwd->mthwk", blocks, tokens - tokens.mean(dim=0)).amax(dim=-1)
+    maps = maps - maps.amin(dim=(1, 2, 3), keepdim=True)
+    return maps / maps.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
 
 
 def tile(path, width, label, heat=None):
@@ -452,11 +451,13 @@ def words(text, colour, width=780):
 
 
 def video_tokens(model, row, images):
-    """Visual tokens of a row's video as the model reads them -> (t, h, w, D)."""
-    key, merge = tuple(row["image_input"]), model.net.config.vision_config.spatial_merge_size
+    """Visual tokens of a row's video (t, h, w, D), and the mean of its frame pairs as latents (K, D)."""
+    key, (t, h, w) = tuple(row["image_input"]), video_grid(row, model.net.config)
     images.fill([key], row["where"], model.banned.device)
-    t, h, w = video_grid(row, model.net.config)
-    return images.kept[key][0].float().view(t, h // merge, w // merge, -1)
+    pairs = images.kept[key][0].float().chunk(t)  # (h·w, D) each
+    pooled = torch.stack([model.pool(pair, (1, h, w)) for pair in pairs])  # (t, K, D)
+    merge = model.net.config.vision_config.spatial_merge_size
+    return torch.stack(pairs).unflatten(1, (h // merge, -1)), F.normalize(pooled, dim=-1).mean(dim=0)
 
 
 def draw_film(row):
@@ -483,16 +484,14 @@ def depict(model, rows, result, how, truth, images):
     """What is drawn of an answer: {"row", "result", "film": [image], "blocks": [image]}."""
     index, blocks = result["row"], []
     row, true = see(rows, index, how["video"], how["seed"]), truth(index)
-    if not row["image_input"]:
-        return {"row": row, "result": result, "film": [], "blocks": []}
-    tokens = video_tokens(model, row, images)
-    for number, made in enumerate(result["latents"]):
-        known = number < len(true)  # the model may imagine more blocks than there are true ones
-        gallery = [truth(i)[number] for i in gallery_of(rows, index, number)] if known else [0 * made]
-        common = F.normalize(torch.stack(gallery), dim=-1).mean(dim=0)  # (K, D)
-        maps = heat_maps(torch.stack([made, true[number]] if known else [made]), tokens, common)
-        blocks.append(draw_block(row, maps, row["image_output"][number] if known else None))
-    return {"row": row, "result": result, "film": [draw_film(row)], "blocks": blocks}
+    if row["image_input"] and len(result["latents"]):
+        tokens, common = video_tokens(model, row, images)
+        for number, made in enumerate(result["latents"]):
+            known = number < len(true)  # the model may imagine more blocks than there are true ones
+            maps = heat_maps(torch.stack([made, true[number]] if known else [made]), tokens, common)
+            blocks.append(draw_block(row, maps, row["image_output"][number] if known else None))
+    film = [draw_film(row)] if row["image_input"] else []
+    return {"row": row, "result": result, "film": film, "blocks": blocks}
 
 
 def verdict(row, result):

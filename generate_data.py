@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -49,6 +50,7 @@ RL_TEST_CLIPS = 250  # clips of rl_test.jsonl (ours)
 PRETRAIN_CLIPS = 0  # clips of pretrain.jsonl; 0: no pretraining files (ours)
 PRETRAIN_TEST_CLIPS = 200  # clips of pretrain_test.jsonl, and its option rows (ours)
 OPTION_ROWS = 20000  # text-only "pick the option" rows, every other one with five questions (ours)
+THINGS = (3, 5)  # fewest and most things of one "track" row (ours)
 P_TRACK = (1.0, 1.0, 1.0, 0.4)  # chances of a clip's pretraining rows: words, words, pixels, colour (ours)
 P_OBJECT_CLIP = 0.5  # share of clips asked about objects; the others are asked about the camera (ours)
 P_CAMERA = (0.45, 0.35, 0.20)  # camera clips: one movement, two at once, two segments (ours)
@@ -70,6 +72,7 @@ DOLLY = (0.32, 0.45)  # dolly and motions in depth, as a share of the depth (our
 MIN_AREA = 0.03  # least visible area of an object asked about, share of the frame (ours)
 MIN_VISIBLE = 0.7  # least unoccluded share of its silhouette (ours)
 HIDDEN_AREA = 0.005  # below this share of the frame a thing is called hidden (ours)
+EDGES = (20, 235)  # grey of the left and the right 1/28 of a frame: film edges, so that x can be seen (ours)
 NOISE = 4.0  # standard deviation of the pixel noise, of 255 (ours)
 # real footage
 SEGMENTER = "motion"  # what finds the moving object: difference to the median, crude (ours)
@@ -237,6 +240,10 @@ def render(scene, size, hfov):
         light = 0.7 + 0.4 * np.maximum(look["light"] @ normal[:, front], 0)
         colour[front] = light[:, None] * np.float32(COLOURS[thing["colour"]])
     frames = np.clip(colour * look["brightness"] + look["noise"], 0, 255).astype(np.uint8)
+    edge = max(1, size // 28)
+    for columns, grey in zip((slice(edge), slice(-edge, None)), EDGES):
+        frames[:, :, columns], owner[:, :, columns] = grey, -1  # nothing is visible under the film's edges
+        is_sun[:, :, columns] = False
     masks = {thing["name"]: owner == number for number, thing in enumerate(things)}
     return frames, masks | {"sun": is_sun & (owner < 0)}, areas
 
@@ -335,17 +342,17 @@ def draw_scene(rng, plan):
         return pos[anchor] + rot[anchor] @ np.array([x * view_width(HFOV), y * view_width(HFOV), 1]) * depth
 
     # a landmark off the centre shows a roll; in object clips landmarks stay behind the moving things
-    off = 0.14 * side if "Roll" in str(plan["camera"]) else 0
-    first = (off + rng.uniform(-0.14, 0.14), near) if about_camera else (side * rng.uniform(0.2, 0.4), 7)
-    for thing, (x, depth) in zip(
-        things[:still], [first, (-side * rng.uniform(0.25, 0.45), rng.uniform(6, 9))]
-    ):
+    first = rng.uniform(-0.14, 0.14) + (0.14 * side if "Roll" in str(plan["camera"]) else 0)
+    aside, far = rng.uniform(0.25, 0.45, 2), rng.uniform(6.5, 9, 2)
+    spots = [(first, near), (side * aside[0], far[0]), (-side * aside[1], far[1])]
+    for thing, (x, depth) in zip(things[:still], spots[0 if about_camera else 1 :]):
         ground = place(x, 0, depth) * [1, 0, 1]
         thing["path"] = np.tile(ground + [0, thing["half"][1], 0], (FRAMES, 1))
     for number, (thing, mover) in enumerate(zip(things[still:], plan["movers"])):
         x = -side * rng.uniform(0.18, 0.34) if about_camera or number else rng.uniform(-0.16, 0.16)
         depth = rng.uniform(4, 5.2) + (1.2 if about_camera else 0)
         path = mover_path(rng, mover) * depth @ rot[0].T + place(x, rng.uniform(-0.2, 0.2), depth)
+        path[:, 1] += max(0, thing["half"][1] - path[:, 1].min())  # nothing sinks into the ground
         thing |= mover | {"static": False, "path": path}
     asked = things[:1] if about_camera else things[still:]
     return {"pos": pos, "rot": rot, "camera": plan["camera"], "things": things, "asked": asked}
@@ -362,12 +369,12 @@ def mover_path(rng, mover):
 
 
 def fits(scene):
-    """Whether a scene shows its labels: nothing collides or sinks, asked things stay in view, labels hold."""
+    """Whether a scene shows its labels: nothing collides, things asked about stay in view, labels hold."""
     things, pos, rot = scene["things"], scene["pos"], scene["rot"]
     for number, thing in enumerate(things):
-        path, (radius, height) = thing["path"], thing["half"]
+        path, radius = thing["path"], thing["half"][0]
         gaps = [np.linalg.norm(path - it["path"], axis=1).min() - it["half"][0] for it in things[:number]]
-        if min(gaps, default=9) < radius + 0.2 or path[:, 1].min() < height - 0.05:
+        if min(gaps, default=9) < radius + 0.2:
             return False
         shift, middle = rot[0].T @ (path[-1] - path[0]), rot[0].T @ ((path[0] + path[-1]) / 2 - pos[0])
         facts = motion_labels(shift / middle[2], np.linalg.norm(path - pos, axis=1))
@@ -382,8 +389,8 @@ def fits(scene):
 
 def make_scene(rng, kind):
     """Draws scenes of a plan until one fits and shows what is asked -> scene with frames, masks, times."""
-    for attempt in range(20000):
-        if attempt % 500 == 0:
+    for attempt in range(3000):
+        if attempt % 200 == 0:
             plan = draw_plan(rng, kind)
         scene = draw_scene(rng, plan)
         if not fits(scene):
@@ -397,9 +404,7 @@ def make_scene(rng, kind):
         if (seen >= np.maximum(least, MIN_AREA * SIZE * SIZE)).all():
             times = (np.arange(FRAMES) * rng.choice(SPACINGS)).tolist()
             return scene | {"frames": frames, "masks": masks, "times": times}
-    sys.exit(
-        "No toy clip shows its labels with these constants; make MIN_AREA, SLIDE, TURN or DOLLY smaller."
-    )
+    sys.exit("No toy clip fits these constants; make MIN_AREA, SLIDE, TURN or DOLLY smaller.")
 
 
 # ---------------------------------------------------------------- geometry to labels and words
@@ -494,9 +499,8 @@ def camera_options(rng, label, other=None):
     family = [name for name in axes if len(axes[name]) == len(axes[label]) and axes[name] != axes[label]]
     if rng.random() < 0.5:
         first, *second = label.split(" and ")
-        family = (
-            [f"{first} and {opposite(second[0])}"] if second else MOVES[2 * PARTNERS[axes[label][0]] :][:2]
-        )
+        partner = 2 * PARTNERS[axes[label][0]]
+        family = [f"{first} and {opposite(second[0])}"] if second else MOVES[partner : partner + 2]
     other = other or str(rng.choice(family))
     return [label, opposite(label), other, opposite(other)]
 
@@ -576,9 +580,8 @@ def base_row(clip, name, question, answer, subtask):
     """A row of the release's schema without imagery; a clip of only a name gives a row without video."""
     times, row = clip.get("times", []), {"id": f"{clip['name']}_{name}"}
     row |= {"text_input": question, "text_output": answer}
-    row["image_input"] = [
-        f"processed_data/{clip['name']}/frames/frame_{i:04d}.jpg" for i in range(len(times))
-    ]
+    folder = f"processed_data/{clip['name']}/frames"
+    row["image_input"] = [f"{folder}/frame_{number:04d}.jpg" for number in range(len(times))]
     return row | {"image_output": [], "times": times, "subtask": subtask, "clip": clip["name"]}
 
 
@@ -706,7 +709,8 @@ def pretrain_rows(rng, clip):
     """A clip -> "track" rows in words and pixels, a colour row, by the chances P_TRACK; no word of motion."""
     rows, names = [], [*clip["static"], *clip["moving"]]
     for number, subtask in enumerate(["grounding", "grounding", "fine", "colour"]):
-        chosen = rng.permutation([*names, "sun", "horizon"])[: rng.integers(2, 4)].tolist()
+        most = rng.integers(THINGS[0], THINGS[1] + 1)
+        chosen = rng.permutation([*names, "sun", "horizon"])[:most].tolist()
         end = " in pixels." if subtask == "fine" else "."
         question = f"Track the {', the '.join(chosen[:-1])} and the {chosen[-1]}{end}"
         thought, answer = "", "\n".join(f"{name}: {track(clip, name, subtask == 'fine')}" for name in chosen)
@@ -785,9 +789,9 @@ def read_video(path):
 
 
 def global_shifts(grey):
-    """grey (T, H, W) -> shifts y, x (T, 2) of the picture since the first frame: the median of 3 x 3 blocks' shifts.
+    """grey (T, H, W) -> shifts y, x (T, 2) of the picture since the first frame.
 
-    Each block's shift is the peak of its phase correlation with the frame before, so one moving thing has no say.
+    The median over 3 x 3 blocks of the phase correlation's peak with the frame before: one thing has no say.
     """
     size, steps = np.array(grey.shape[1:]) // 3, []
     for y, x in np.ndindex(3, 3):
@@ -812,9 +816,10 @@ def largest_regions(masks):
 
 
 def motion_masks(frames):
-    """frames (T, H, W, 3) -> masks (T, H, W) of the moving object, shifts (T, 2) of the background; crude.
+    """frames (T, H, W, 3) -> masks (T, H, W) of the moving object, shifts (T, 2) of the background.
 
     Difference to the median over time once the global shift is removed, blurred; largest region of a frame.
+    Crude: of a thing that moves less than its own width only the edges are found.
     """
     grey = frames.mean(-1)
     shifts = global_shifts(grey)
@@ -869,8 +874,8 @@ def video_clips(split, number, path):
     except Exception as error:  # decord raises many kinds; each means that this file cannot be used
         return [({}, [], {f"{path} is unreadable ({type(error).__name__})": 1})]
     cuts = np.flatnonzero(np.abs(np.diff(frames.mean(-1), axis=0)).mean((1, 2)) > MAX_JUMP) + 1
-    shots = np.split(np.arange(len(frames)), cuts)
-    windows = [shot[i : i + MAX_FRAMES] for shot in shots for i in range(0, len(shot) - 3, half)]
+    shots = [shot for shot in np.split(np.arange(len(frames)), cuts) if len(shot) >= half]
+    windows = [shot[i : i + MAX_FRAMES] for shot in shots for i in range(0, max(1, len(shot) - half), half)]
     for window in windows:
         rng = np.random.default_rng([SEED, number, window[0]])
         clip = video_clip(f"{split}_{number:05d}_{window[0]:05d}", frames[window], times[window])
@@ -878,7 +883,7 @@ def video_clips(split, number, path):
             made.append((clip, *accept(object_rows, rng, clip)))
         else:
             made.append((clip, [], {f"{path}: a window without a steady moving region": 1}))
-    return made or [({}, [], {f"{path} has no shot of 4 frames at SAMPLE_FPS": 1})]
+    return made or [({}, [], {f"{path} has no shot of MAX_FRAMES / 2 frames at SAMPLE_FPS": 1})]
 
 
 def accept(make, rng, clip):
@@ -934,9 +939,17 @@ def work(job):
     return split, [{"rows": rows, "dropped": dropped} for _, rows, dropped in made]
 
 
-def start_worker(constants):
-    """Gives a worker process the constants of the command line."""
-    globals().update(constants)
+def start_worker(settings, parent):
+    """Gives a worker process the constants of the command line, and ends it when its parent is killed."""
+    globals().update(settings)
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+
+
+def end_with(parent):
+    """Ends this process as soon as the process `parent` is no longer its parent."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def list_jobs():
@@ -973,9 +986,7 @@ def write_files(out, items, dropped, constants):
     counts = {}
     for split, rows in items.items():
         if not rows:
-            sys.exit(
-                f"No row could be made for the split {split}; add videos or change HELD_OUT, in a new OUT."
-            )
+            sys.exit(f"There are no rows for the split {split}; use more videos or another HELD_OUT or SEED.")
         forms = [form for form in FORMS if COT in ("all", form)] if split in ("train", "test") else [""]
         for form in forms:
             path = out / f"{split}{'_' if form else ''}{form}.jsonl"
@@ -992,11 +1003,10 @@ def write_files(out, items, dropped, constants):
 if __name__ == "__main__":
     constants = set_constants(globals())
     settings = {name: value for name, value in constants.items() if not isinstance(value, (list, dict))}
-    for name in ("OUT", "WORKERS"):
-        del settings[name]  # the files do not depend on them
+    recorded = {name: value for name, value in settings.items() if name not in ("OUT", "WORKERS")}
     out, begun, items, dropped, jobs = Path(OUT), time.time(), {}, Counter(), list_jobs()
-    open_folder(out, settings)
-    with ProcessPoolExecutor(WORKERS, initializer=start_worker, initargs=(constants,)) as pool:
+    open_folder(out, recorded)
+    with ProcessPoolExecutor(WORKERS, initializer=start_worker, initargs=(settings, os.getpid())) as pool:
         results = pool.map(work, jobs, chunksize=8 if SOURCE == "toy" else 1)
         for number, (split, made) in enumerate(results, 1):
             for clip in made:
@@ -1007,7 +1017,7 @@ if __name__ == "__main__":
     if PRETRAIN_CLIPS and SOURCE == "toy":
         items["pretrain"] += [option_row("pretrain", n) for n in range(OPTION_ROWS)]
         items["pretrain_test"] += [option_row("pretrain_test", n) for n in range(PRETRAIN_TEST_CLIPS)]
-    for split, count in write_files(out, items, dropped, settings).items():
+    for split, count in write_files(out, items, dropped, recorded).items():
         print(f"\n{split:13s} {count['rows']:6d} rows {count['subtasks']}", end="")
     print("".join(f"\ndropped {count}: {reason}" for reason, count in dropped.items()))
     print(f"{out} is ready after {time.time() - begun:.0f} s.")

@@ -6,13 +6,13 @@ with `<|latent_end|>`. This file holds everything about that which training, RL 
 Top to bottom: command line, devices, rows, pixels, positions, samples, the module, generation, checkpoints.
 It is imported by the stages; `make_tiny` writes a random network to pretrain (README, "The tiny base").
 
-Letters in shape comments: B rows, T tokens, D width, V vocabulary, K latents per image, N visual tokens of one
-image or video, P patches (before the 2 x 2 merge), n any count.
+Letters in shape comments: B rows, T tokens, D width, V vocabulary, K latents per image, N visual tokens of
+one image or video, P patches (before the 2 x 2 merge), n any count.
 
 Differs from the paper:
 - a latent block is exactly K long: its logits are not supervised, so `<|latent_end|>` is forced (ours)
 - `grid` pooling beside the paper's `strips` (ours); temporal positions come from real seconds (ours)
-- text after a video starts at the largest position + 1, as Qwen2.5-VL was trained, not as the library does (ours)
+- text after a video starts at the largest position + 1, as Qwen2.5-VL was trained; the library differs
 """
 
 import ast
@@ -34,20 +34,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AddedToken,
-    AutoTokenizer,
-    DynamicCache,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-)
+from transformers import AddedToken, AutoTokenizer, DynamicCache, Qwen2_5_VLConfig, Qwen2Tokenizer
+from transformers import Qwen2_5_VLForConditionalGeneration as QwenVL
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 transformers.utils.logging.disable_progress_bar()
 
 LATENT_TOKENS = {name: f"<|{name}|>" for name in ("latent_pad", "latent_start", "latent_end")}
+LATENT_FIELDS = ("latent_token_id", "latent_start_id", "latent_end_id")  # release: their names in config.json
 PROMPT = (  # release: ends in "assistant", the newline after it is the first supervised token
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n{video}{text}<|im_end|>\n<|im_start|>assistant"
@@ -76,8 +71,8 @@ def check(fine, sentence):
 def set_constants(namespace, argv=None):
     """Sets a script's UPPERCASE constants from KEY=value words; returns all of them as a dict.
 
-    A value has the type of the default (an int may stand for a float; a None default takes None, numbers, text).
-    Exits with one sentence on a word that is not KEY=value, an unknown key (naming the nearest), another type.
+    A value has the type of the default (an int may stand for a float, a None default takes anything). Exits
+    with one sentence on a word that is not KEY=value, an unknown key (naming the nearest) or another type.
     """
     kinds = (str, int, float, tuple, list, type(None))
     names = [name for name, value in namespace.items() if name.isupper() and isinstance(value, kinds)]
@@ -85,10 +80,7 @@ def set_constants(namespace, argv=None):
         key, equals, text = word.partition("=")
         check(equals, f"'{word}' is not KEY=value; write for example SEED=1.")
         near = difflib.get_close_matches(key.upper(), names, n=1, cutoff=0)
-        check(
-            key in names,
-            f"There is no constant {key}; the nearest is {near[0]}. They stand at the script's top.",
-        )
+        check(key in names, f"There is no constant {key}; the nearest is {near[0]}, they stand at the top.")
         namespace[key] = parse_constant(key, text, namespace[key])
     return {name: namespace[name] for name in names}
 
@@ -126,7 +118,7 @@ def init_distributed():
 
 
 def all_sum(values, device="cpu"):
-    """A list of numbers summed over all processes -> list of floats; the one way in which counts and losses meet."""
+    """A list of numbers summed over all processes -> list of floats: how counts and losses meet."""
     total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -137,10 +129,10 @@ def all_sum(values, device="cpu"):
 
 
 def read_rows(path, limit=None):
-    """Reads a DIFT or 4DRL jsonl -> list of rows of one shape; exits with "file:line: ..." on the first bad one.
+    """Reads a DIFT or 4DRL jsonl -> rows of one shape; exits with "file:line: ..." on the first bad one.
 
     Keys of a row: id, where ("file:line"), text_input, text_output ("" if there is none), image_input and
-    image_output (absolute paths), times (seconds of each frame), subtask, clip, key ("B"), options {"A": text}.
+    image_output (absolute paths), times (seconds per frame), subtask, clip, key ("B"), options {"A": ".."}.
     """
     path = Path(path)
     check(path.is_file(), f"There is no file {path}; make it with generate_data.py or set DATA.")
@@ -162,22 +154,21 @@ def read_rows(path, limit=None):
 def normalise_row(raw, where, folder):
     """One JSON row of the release's DIFT or 4DRL schema -> the shape that read_rows promises."""
     raw = from_rl_row(raw, where) if "Question" in raw else raw
-    for field, kind in {
-        "text_input": str,
-        "text_output": str,
-        "image_input": list,
-        "image_output": list,
-    }.items():
+    kinds = {"text_input": str, "text_output": str, "image_input": list, "image_output": list}
+    for field, kind in kinds.items():
         check(isinstance(raw.get(field), kind), f"{where}: '{field}' is missing or not a {kind.__name__}.")
     row = {"where": where, "text_input": raw["text_input"], "text_output": raw["text_output"]}
     row["id"], row["subtask"] = str(raw.get("id", where)), str(raw.get("subtask", "all"))
     for field in ("image_input", "image_output"):
+        fine = all(isinstance(name, str) for name in raw[field])
+        check(fine, f"{where}: '{field}' must hold paths, got {raw[field]}.")
         row[field] = [find_file(name, folder, where) for name in raw[field]]
     frames, images = len(row["image_input"]), len(row["image_output"])
-    row["times"] = [
-        float(second) for second in raw.get("times") or range(frames)
-    ]  # release: 1 frame a second
-    check(len(row["times"]) == frames, f"{where}: {len(row['times'])} times for {frames} frames.")
+    times = raw.get("times") or list(range(frames))  # release: 1 frame a second
+    fine = isinstance(times, list) and all(type(t) in (int, float) for t in times) and times == sorted(times)
+    check(fine, f"{where}: 'times' must be a list of rising seconds, got {times}.")
+    check(len(times) == frames, f"{where}: {len(times)} times for {frames} frames.")
+    row["times"] = [float(t) for t in times]
     places = row["text_output"].count(PLACEHOLDER)
     fine = places == images or not row["text_output"]
     check(fine, f"{where}: text_output has {places} {PLACEHOLDER}, image_output {images} files.")
@@ -191,10 +182,8 @@ def normalise_row(raw, where, folder):
 def from_rl_row(raw, where):
     """A 4DRL row {"Type", "Question", "A".."F", "Correct", "frame_paths"} -> the fields of a DIFT row."""
     letters = [letter for letter in "ABCDEF" if raw.get(letter) not in (None, "")]
-    check(
-        raw.get("Correct") in letters,
-        f"{where}: 'Correct' is {raw.get('Correct')!r}, the options are {letters}.",
-    )
+    fine = raw.get("Correct") in letters
+    check(fine, f"{where}: the key 'Correct' is {raw.get('Correct')!r}, the options are {letters}.")
     check(raw.get("frame_paths"), f"{where}: no 'frame_paths'; extract the frames of video_path first.")
     texts = [re.sub(rf"^{letter}[.)]\s+", "", str(raw[letter])) for letter in letters]
     options = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, texts))
@@ -240,7 +229,7 @@ def resize(image, config):
 
 
 def patchify(frames, patch, merge, pair):
-    """Frames (n, H, W, 3) uint8 -> patches (P, 3·pair·patch²) float32 in merge order, grid (t, h, w) of patches.
+    """Frames (n, H, W, 3) uint8 -> patches (P, 3·pair·patch²) float32 in merge order, grid (t, h, w).
 
     One image, or an odd last frame, is repeated to fill its pair. Patches of one merge window stand together:
     with merge 2 the rows are (0,0) (0,1) (1,0) (1,1) of the first window, then of the next one to the right.
@@ -256,7 +245,7 @@ def patchify(frames, patch, merge, pair):
 
 
 def load_images(paths, config, where=""):
-    """Files of one video or overlay -> patches (P, 3·pair·patch²), grid (t, h, w); exits on an unreadable one."""
+    """Files of one video or overlay -> patches (P, 3·pair·patch²), grid (t, h, w); exits on a bad file."""
     vision = config.vision_config
     frames = []
     for path in paths:
@@ -277,7 +266,7 @@ def load_images(paths, config, where=""):
 
 
 def pair_seconds(times, pair=2, seconds_per_pair=None):
-    """Seconds of each frame pair since the start: [0, 1, 2, 3.5] -> [0, 2]; a given step replaces real time."""
+    """Seconds of each frame pair since the start: [0, 1, 2, 3.5] -> [0, 2]; or a given step instead."""
     starts = times[::pair]
     if seconds_per_pair is not None:
         return [index * seconds_per_pair for index in range(len(starts))]
@@ -317,20 +306,14 @@ def pool_latents(features, K, how="strips", grid=None):
     sides that do not divide give their rest to the first rows and columns. N < K is refused.
     """
     count = len(features)
-    check(
-        count >= K,
-        f"An image of {count} visual tokens cannot give K={K} latents; lower K or raise MAX_PIXELS.",
-    )
+    check(count >= K, f"{count} visual tokens cannot give K={K} latents; lower K or raise MAX_PIXELS.")
     if how == "strips":
         return torch.stack([part.mean(dim=0) for part in torch.tensor_split(features, K)])  # (K, D)
     h, w = grid
     rows = max(r for r in range(1, math.isqrt(K) + 1) if K % r == 0)
     rows, columns = (rows, K // rows) if w >= h else (K // rows, rows)
     fine = rows <= h and columns <= w
-    check(
-        fine,
-        f"POOLING=grid cannot part {h} x {w} tokens into {rows} x {columns} sets; lower K or use strips.",
-    )
+    check(fine, f"POOLING=grid cannot part {h} x {w} tokens into {rows} x {columns} sets; lower K.")
     bands = torch.tensor_split(features.view(h, w, -1), rows, dim=0)
     cells = [cell for band in bands for cell in torch.tensor_split(band, columns, dim=1)]
     return torch.stack([cell.mean(dim=(0, 1)) for cell in cells])  # (K, D)
@@ -340,10 +323,10 @@ def pool_latents(features, K, how="strips", grid=None):
 
 
 def encode_row(model, row, answer=True):
-    """One row -> its token sequence with masks and positions; `answer=False` stops where the model is to speak.
+    """One row -> its tokens with masks and positions; `answer=False` stops where the model is to speak.
 
-    ids (T,); is_text: supervised tokens (the answer's, delimiters included, latents not), is_latent, is_visual
-    (T,) bool; positions (3, T); video: paths of the frames; overlays: one path per latent block. For K = 2:
+    ids (T,); is_text (supervised: the answer's tokens, delimiters too, latents not), is_latent, is_visual,
+    is_real (T,) bool; positions (3, T); video: frame paths; overlays: a path per latent block. For K = 2:
 
         ids        <user> v v v v How? <assistant> \\n The ball <start> . . <end> moves left <im_end>
         is_visual         1 1 1 1
@@ -371,13 +354,12 @@ def encode_row(model, row, answer=True):
         is_text += [token != model.ids["latent_pad"] for token in ids[len(is_text) :]]
     segments.append(len(ids) - before_text)
     sample = {"ids": torch.tensor(ids), "is_text": torch.tensor(is_text), "where": row["where"]}
+    sample["is_real"] = torch.ones(len(ids), dtype=torch.bool)
     sample["positions"] = rope_positions(segments, vision.tokens_per_second)
     sample["is_latent"] = sample["ids"] == model.ids["latent_pad"]
     sample["is_visual"] = sample["ids"] == model.ids["video_pad"]
-    sample["video"], sample["overlays"] = (
-        tuple(row["image_input"]),
-        tuple(row["image_output"]) if answer else (),
-    )
+    sample["video"], sample["overlays"] = tuple(row["image_input"]), tuple(row["image_output"])
+    sample["overlays"] *= bool(answer and model.K)
     return sample
 
 
@@ -394,9 +376,9 @@ def video_grid(row, config):
 
 
 def collate(samples, pad_id, side="right"):
-    """Samples -> batch: ids, is_text, is_latent, is_visual, is_real (B, T), positions (3, B, T), videos, overlays.
+    """Samples -> ids, is_text, is_latent, is_visual, is_real (B, T), positions (3, B, T), videos, overlays.
 
-    is_real of rows of 3 and 2 tokens, padded right: [[1, 1, 1], [1, 1, 0]], left (generation): [[1, 1, 1], [0, 1, 1]].
+    is_real of rows of 3 and 2 tokens: [[1, 1, 1], [1, 1, 0]]; padded left: [[1, 1, 1], [0, 1, 1]].
     """
     length = max(len(sample["ids"]) for sample in samples)
 
@@ -406,10 +388,7 @@ def collate(samples, pad_id, side="right"):
         return torch.stack([F.pad(s[name], pad, value=value) for s, pad in zip(samples, pads)], dim)
 
     batch = {"ids": stack("ids", pad_id), "positions": stack("positions", 0, dim=1)}
-    batch |= {name: stack(name, False) for name in ("is_text", "is_latent", "is_visual")}
-    lengths = torch.tensor([len(sample["ids"]) for sample in samples])[:, None]  # (B, 1)
-    column = torch.arange(length)
-    batch["is_real"] = column < lengths if side == "right" else column >= length - lengths  # (B, T)
+    batch |= {name: stack(name, False) for name in ("is_text", "is_latent", "is_visual", "is_real")}  # (B, T)
     batch["videos"] = [sample["video"] for sample in samples if sample["video"]]
     batch["overlays"] = [path for sample in samples for path in sample["overlays"]]
     return batch | {"where": samples[0]["where"]}
@@ -418,7 +397,7 @@ def collate(samples, pad_id, side="right"):
 class Images:
     """Turns the image files of a batch into what the model's forward takes, each distinct image once.
 
-    With `cache=True` (frozen vision only) features of videos and pooled latents of overlays are kept in memory,
+    With `cache=True` (frozen vision only) features of videos and pooled latents of overlays stay in memory,
     so a clip is encoded once in a whole run. Otherwise the pixels go into the forward pass.
     """
 
@@ -427,7 +406,7 @@ class Images:
         self.core = getattr(model, "module", model)
 
     def add(self, batch, device="cpu"):
-        """Adds `pixels` and `grids`, or `features` (n, D) and `latents` (n, D), and which image each row takes."""
+        """Adds `pixels`, `grids` and which image goes where; or, cached, `features` and `latents` (n, D)."""
         items = list(dict.fromkeys([*batch["videos"], *((path,) for path in batch["overlays"])]))
         if not items:
             return to_device(batch, device)
@@ -450,7 +429,7 @@ class Images:
 
     @torch.no_grad()
     def fill(self, items, where, device):
-        """Encodes the items not kept yet in one call; keeps (features (N, D), pooled (K, D) of an overlay)."""
+        """Encodes the items not kept yet in one call; keeps features (N, D), an overlay's latents (K, D)."""
         new = [item for item in items if item not in self.kept]
         if not new:
             return
@@ -489,8 +468,8 @@ def windowed_attention(self, hidden_states, cu_seqlens, position_embeddings=None
 def token_logps(hidden, head, targets, banned=None, temperature=1.0, chunk=512):
     """Log-probability of each target token under its hidden state, in chunks: (n, D), (n,) -> (n,) float32.
 
-    Only supervised positions come here, so no (B, T, V) tensor exists; beyond one chunk, logits are made again
-    in the backward pass instead of being kept.
+    Only supervised positions come here, so no (B, T, V) tensor exists; beyond one chunk, logits are made
+    again in the backward pass instead of being kept.
     """
 
     def one(rows, ids):
@@ -509,7 +488,7 @@ def mask_logits(logits, banned):
 
 
 class Thinker(nn.Module):
-    """Qwen2.5-VL with latent tokens; its forward covers vision, text and head, so DDP and FSDP2 can wrap it."""
+    """Qwen2.5-VL with latent tokens; one forward for vision, text and head, so DDP and FSDP2 can wrap it."""
 
     def __init__(self, net, tok):
         super().__init__()
@@ -540,7 +519,7 @@ class Thinker(nn.Module):
         return pool_latents(features, self.K, config.latent_pooling, raster)
 
     def visual_inputs(self, batch):
-        """Features of all videos (n, D), latents of all overlays (n, D); vision runs once per distinct image."""
+        """Features of the videos (n, D), latents of the overlays (n, D); vision once per distinct image."""
         if "pixels" not in batch:
             return batch.get("features"), batch.get("latents")
         trainable = next(self.net.model.visual.parameters()).requires_grad
@@ -551,12 +530,12 @@ class Thinker(nn.Module):
         return torch.cat(videos) if videos else None, torch.cat(latents) if latents else None
 
     def feedback(self, hidden):
-        """What a latent position reads: the hidden state (Eq. 8), scaled to `latent_norm` where one is set."""
+        """What a latent position reads: the hidden state (Eq. 8), scaled to `latent_norm` if one is set."""
         norm = self.net.config.latent_norm
         return hidden if norm is None else F.normalize(hidden, dim=-1) * norm
 
     def embed(self, ids, is_visual, features, is_latent=None, latents=None):
-        """Token embeddings (B, T, D) with visual features and latents (n, D), in row order, in their places."""
+        """Token embeddings (B, T, D) with visual features and latents (n, D), in row order, put in place."""
         x = self.net.model.language_model.embed_tokens(ids)  # (B, T, D)
         if features is not None:
             x = x.masked_scatter(is_visual[..., None], features.to(x.dtype))
@@ -565,19 +544,17 @@ class Thinker(nn.Module):
         return x
 
     def text(self, x, positions, is_real=None, past=None):
-        """The language model: x (B, T, D), positions (3, B, T) -> last hidden states, after the norm (B, T, D).
+        """The language model: x (B, T, D), positions (3, B, T) -> hidden states after the norm (B, T, D).
 
         Rows padded on the right need no mask: causal attention never looks at what follows.
         """
-        cached = {"past_key_values": past, "use_cache": past is not None}
-        mask = None if is_real is None else is_real.long()
-        network = self.net.model.language_model
-        return network(
-            inputs_embeds=x, position_ids=positions, attention_mask=mask, **cached
-        ).last_hidden_state
+        inputs = {"inputs_embeds": x, "position_ids": positions}
+        inputs |= {"past_key_values": past, "use_cache": past is not None}
+        inputs["attention_mask"] = None if is_real is None else is_real.long()
+        return self.net.model.language_model(**inputs).last_hidden_state
 
     def forward(self, batch, latents=None, ban=False, temperature=1.0):
-        """Teacher-forced pass over right-padded rows -> logp (n_text,), imagined (n_latent, D), targets (n_latent, D).
+        """Teacher-forced pass over right-padded rows -> logp (n_text,), imagined and targets (n_latent, D).
 
         logp: of every supervised token given what stands before it; imagined: h_{t-1} at latent positions t;
         targets: z_t, also the input at t (Eq. 7), or the given `latents` (n, D) as they were sampled (4DRL).
@@ -588,10 +565,9 @@ class Thinker(nn.Module):
         features, targets = self.visual_inputs(batch)
         targets = targets if latents is None else latents
         is_latent, is_text = batch["is_latent"], batch["is_text"]
-        if is_latent.sum() != (0 if targets is None else len(targets)):
-            raise ValueError(
-                f"{batch['where']}: {is_latent.sum()} latent positions, but not as many latents."
-            )
+        given, places = 0 if targets is None else len(targets), int(is_latent.sum())
+        if given != places:  # the pitfall: imagery silently left out
+            raise ValueError(f"{batch['where']}: {places} latent positions, {given} latents.")
         x = self.embed(batch["ids"], batch["is_visual"], features, is_latent, targets)
         hidden = self.text(x, batch["positions"])[:, :-1]  # (B, T-1, D): position t-1 speaks about token t
         rows = hidden[is_text[:, 1:]]  # (n_text, D)
@@ -604,7 +580,7 @@ class Thinker(nn.Module):
 
 
 def pick(logits, uniform, temperature, top_p):
-    """One token a row: greedy at temperature 0, else by inverse transform from the softmax (or its top-p part).
+    """One token a row: greedy at temperature 0, else by inverse transform from the softmax or its top-p part.
 
     logits (B, V) float32, uniform (B,) float64 in [0, 1) -> (B,) long
     """
@@ -628,12 +604,10 @@ def generate(model, samples, max_new, images=None, temperature=0.0, top_p=1.0, g
     `<|latent_end|>` is forced; each row is in its own state. `generators`: one CPU torch.Generator a row, for
     temperature > 0. `feed` (hidden (B, D), block (B,), k (B,), counted from 0) -> (B, D) replaces what is fed
     inside blocks (controls). A dict holds, over the new tokens with the end of turn: ids (latents recorded as
-    latent_pad), is_latent, is_sampled (lists), latents (n, D) as fed, text, cut (max_new positions came first).
+    latent_pad), is_latent, is_sampled (lists), latents (n, D) as fed, text, cut (max_new came first).
     """
-    if model.training:
-        raise RuntimeError(
-            "generate needs model.eval(): training mode with activation checkpointing drops the cache."
-        )
+    if model.training:  # activation checkpointing would drop the cache, and with it the imagery
+        raise RuntimeError("generate needs model.eval().")
     device, ids = model.banned.device, model.ids
     images = images or Images(model)
     batch = images.add(collate(samples, ids["pad"], "left"), device)
@@ -647,9 +621,7 @@ def generate(model, samples, max_new, images=None, temperature=0.0, top_p=1.0, g
     if temperature > 0:
         uniform = torch.stack([torch.rand(max_new, generator=g, dtype=torch.float64) for g in generators])
     uniform = uniform.to(device)
-    left = torch.full(
-        (B,), -1, device=device
-    )  # latents still to feed; 0: the end token is due; -1: outside a block
+    left = torch.full((B,), -1, device=device)  # latents to feed; 0: the end is due, -1: outside a block
     block = torch.full((B,), -1, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     tokens, fed = [], []
@@ -678,24 +650,15 @@ def generate(model, samples, max_new, images=None, temperature=0.0, top_p=1.0, g
 
 
 def unpack_row(model, columns, fed, row):
-    """What one row generated, from columns (steps, 4) of token, latent?, forced end?, done before? -> dict."""
+    """What one row generated: columns (steps, 4) of token, latent?, forced end?, done before? -> dict."""
     steps = int((columns[:, 3] == 0).sum())
-    token, is_latent, is_forced = (
-        columns[:steps, 0].tolist(),
-        columns[:steps, 1] == 1,
-        columns[:steps, 2] == 1,
-    )
+    token, is_latent, is_forced, _ = columns[:steps].T
     latents = [x[row] for step, x in fed if step < steps and is_latent[step]]
-    return {
-        "ids": token,
-        "is_latent": is_latent.tolist(),
-        "is_sampled": (~is_latent & ~is_forced).tolist(),
-        "latents": torch.stack(latents)
-        if latents
-        else torch.zeros(0, model.net.config.text_config.hidden_size),
-        "cut": token[-1] != model.ids["im_end"],
-        "text": model.tok.decode(token),
-    }
+    empty = torch.zeros(0, model.net.config.text_config.hidden_size)
+    ids, is_sampled = token.tolist(), ((is_latent == 0) & (is_forced == 0)).tolist()
+    made = {"ids": ids, "is_latent": is_latent.bool().tolist(), "is_sampled": is_sampled}
+    made |= {"latents": torch.stack(latents) if latents else empty, "cut": ids[-1] != model.ids["im_end"]}
+    return made | {"text": model.tok.decode(ids)}
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -705,32 +668,24 @@ def newest_checkpoint(path):
     """A checkpoint folder itself, or the newest step_* of a run's folder; exits if neither is there."""
     folders = [file.parent for file in sorted(Path(path).glob("step_*/config.json"))]
     folders += [Path(path)] * (Path(path) / "config.json").is_file()
-    check(
-        folders,
-        f"{path} holds neither config.json nor step_*/config.json; train one with dift.py or set MODEL.",
-    )
+    check(folders, f"{path} holds no config.json and no step_*/; train one with dift.py or set MODEL.")
     return folders[-1]
 
 
 def load_model(path, device="cpu", K=None, pooling=None, suffix=None, **settings):
-    """Loads a Qwen2.5-VL checkpoint folder (any key layout, tied or not) as a Thinker; fp32 weights, sdpa attention.
+    """Loads a Qwen2.5-VL folder (any key layout, tied or not) as a Thinker; fp32 weights, sdpa attention.
 
     The checkpoint's config holds latent_size, latent_pooling, the latent ids and prompt_suffix; a given K or
-    pooling that differs is refused in one sentence; a checkpoint without them (a plain Qwen2.5-VL, the tiny base)
-    takes the given ones and gets new token rows. `settings`: any of DEFAULTS; None keeps the checkpoint's own.
+    pooling that differs is refused in one sentence; a checkpoint without them (a plain Qwen2.5-VL, the tiny
+    base) takes the given ones and gets new token rows. `settings`: any of DEFAULTS; None keeps the stored.
     """
     path = newest_checkpoint(path)
     kind = json.loads((path / "config.json").read_text()).get("model_type")
-    check(
-        kind == "qwen2_5_vl", f"{path}/config.json is of type {kind}; this code reads Qwen2.5-VL checkpoints."
-    )
-    net, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-    )
+    check(kind == "qwen2_5_vl", f"{path}/config.json says {kind}; this code reads Qwen2.5-VL checkpoints.")
+    how = {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
+    net, info = QwenVL.from_pretrained(path, **how)
     lost = sorted(info["missing_keys"])
-    check(
-        not lost, f"{path} lacks {len(lost)} weights, {lost[:1]} first; it is no whole Qwen2.5-VL checkpoint."
-    )
+    check(not lost, f"{path} lacks weights of a Qwen2.5-VL, such as {lost[:1]}; download it again.")
     tok = AutoTokenizer.from_pretrained(path)
     tok.add_tokens([AddedToken(text, special=True) for text in LATENT_TOKENS.values()])
     set_latent_config(net, tok, path, K, pooling)
@@ -741,35 +696,25 @@ def load_model(path, device="cpu", K=None, pooling=None, suffix=None, **settings
 
 
 def set_latent_config(net, tok, path, K, pooling):
-    """Checks the checkpoint's latent settings against the given ones, or writes them and starts three token rows."""
+    """Checks the checkpoint's latent settings against the given ones, or sets them and starts new rows."""
     config, stored = net.config, getattr(net.config, "latent_size", None)
-    fields = {
-        "latent_pad": "latent_token_id",
-        "latent_start": "latent_start_id",
-        "latent_end": "latent_end_id",
-    }
-    ids = {fields[name]: tok.convert_tokens_to_ids(text) for name, text in LATENT_TOKENS.items()}
-    if stored:
+    ids = dict(zip(LATENT_FIELDS, tok.convert_tokens_to_ids(list(LATENT_TOKENS.values()))))
+    if stored or (stored == 0 and not K):
         config.latent_pooling = getattr(config, "latent_pooling", "strips")  # release: contiguous groups
-        own = {"K": (K, stored), "POOLING": (pooling, config.latent_pooling)}
-        own |= {name: (token, getattr(config, name, token)) for name, token in ids.items()}
-        for name, (given, kept) in own.items():
+        pairs = {"K": (K, stored), "POOLING": (pooling, config.latent_pooling)}
+        pairs |= {field: (token, getattr(config, field, token)) for field, token in ids.items()}
+        for name, (given, kept) in pairs.items():
             fine = given is None or given == kept
-            check(
-                fine,
-                f"{path} was trained with {name}={kept}, not {given}; set it so or take another checkpoint.",
-            )
+            check(fine, f"{path} was made with {name}={kept}, not {given}; set it so or change MODEL.")
     else:
-        check(
-            K is not None,
-            f"{path}/config.json has no latent_size; give a checkpoint that dift.py has trained.",
-        )
+        check(K is not None, f"{path}/config.json has no latent_size; give a checkpoint of dift.py.")
+        check(not K or pooling in ("grid", "strips"), f"POOLING={pooling} is neither grid nor strips.")
         config.latent_size, config.latent_pooling = K, pooling
         if len(tok) > net.get_input_embeddings().num_embeddings:
             net.resize_token_embeddings(len(tok), mean_resizing=False)
         start_rows(net, list(ids.values()))
-    for name, token in ids.items():
-        setattr(config, name, token)
+    for field, token in ids.items():
+        setattr(config, field, token)
 
 
 @torch.no_grad()
@@ -780,7 +725,7 @@ def start_rows(net, ids):
 
 
 def save_checkpoint(out, step, model, run, optimizer=None, keep=2):
-    """Writes out/step_000500/: weights and tokenizer (save_pretrained layout), config.json with `run`, train state.
+    """Writes out/step_000500/: weights, tokenizer (save_pretrained layout), config.json with `run`, moments.
 
     Written under a temporary name, then renamed; only the newest `keep` stay. Call it on rank 0.
     """
@@ -794,7 +739,9 @@ def save_checkpoint(out, step, model, run, optimizer=None, keep=2):
         save_file(optimizer_tensors(model, optimizer), unfinished / "optimizer.safetensors")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
-    for old in sorted(Path(out).glob("step_*"))[:-keep]:
+    steps = sorted(Path(out).glob("step_*"))
+    kept = [path for path in steps if path <= folder][-keep:]  # a later step is of a run that was left
+    for old in set(steps) - set(kept):
         shutil.rmtree(old)
     return folder
 
@@ -821,26 +768,23 @@ def load_optimizer(folder, model, optimizer):
 
 
 def make_tiny(out, data, config="assets/tiny/config.json", vocab=1024, seed=0):
-    """Trains a byte-level BPE on the rows of `data`/*.jsonl, draws random weights, writes a checkpoint folder.
+    """Trains a byte-level BPE on the rows of `data`/*.jsonl, draws random weights, writes a checkpoint.
 
-    The tokenizer has Qwen's special tokens; the latent tokens come with the first dift.py run, as for a real Qwen.
+    The tokenizer has Qwen's special tokens; the latent ones come with the first dift.py run, as for a Qwen.
     """
     texts = [SUFFIX, PROMPT.format(video="", text="")]
     for file in sorted(Path(data).glob("*.jsonl")):
         rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
         texts += [value for row in rows for value in row.values() if isinstance(value, str)]
     names = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
-    tok = Qwen2Tokenizer().train_new_from_iterator(
-        texts, vocab, new_special_tokens=[f"<|{n}|>" for n in names]
-    )
+    specials = [f"<|{name}|>" for name in names]
+    tok = Qwen2Tokenizer().train_new_from_iterator(texts, vocab, new_special_tokens=specials)
     tok.chat_template = (Path(__file__).parent / "assets" / "chat_template.jinja").read_text()
     config = Qwen2_5_VLConfig.from_pretrained(config)
-    config.text_config.vocab_size = (
-        -(-(len(tok) + len(LATENT_TOKENS)) // 64) * 64
-    )  # spare rows, as Qwen has them
+    config.text_config.vocab_size = 64 * math.ceil((len(tok) + 3) / 64)  # spare rows, as Qwen2.5-VL has them
     for name in names[2:]:
         setattr(config, f"{name.removesuffix('_pad')}_token_id", tok.convert_tokens_to_ids(f"<|{name}|>"))
     torch.manual_seed(seed)
-    net = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    net = QwenVL._from_config(config, attn_implementation="sdpa")
     net.save_pretrained(out)
     tok.save_pretrained(out)

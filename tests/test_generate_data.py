@@ -538,14 +538,14 @@ def write_video(path, frames, fps):
         container.mux(stream.encode())
 
 
-def moving_square(step_x, step_y, shift, count=20, seed=0):
+def moving_square(step_x, step_y, shift, count=16, seed=0):
     """A bright square on a textured ground: it moves by step, the whole picture by shift a frame."""
     rng = np.random.default_rng(seed)
     ground = np.kron(rng.integers(40, 120, (40, 60)), np.ones((6, 6))).astype(np.uint8)
     frames = []
     for t in range(count):
-        picture = np.roll(ground, t * shift, 1)[:96, :128].copy()
-        x, y = 30 + t * (step_x + shift), 30 + t * step_y
+        picture = np.roll(ground, t * shift, 1)[:120, :160].copy()
+        x, y = 30 + t * (step_x + shift), 10 + t * step_y
         picture[y : y + 22, x : x + 22] = 250
         frames.append(np.repeat(picture[:, :, None], 3, 2))
     return np.stack(frames)
@@ -553,12 +553,12 @@ def moving_square(step_x, step_y, shift, count=20, seed=0):
 
 def test_motion_masks_follow_the_square_and_the_background():
     """The largest region is the square, the shift is that of the background."""
-    frames = moving_square(4, 0, 2, count=8)
+    frames = moving_square(8, 0, 2, count=8)
     masks, shifts = gd.motion_masks(frames)
     assert shifts[:, 1].tolist() == [2 * t for t in range(8)] and not shifts[:, 0].any()
     for t in (0, 7):
         x, y, area = gd.where(masks[[t]])
-        assert abs(x * 128 - (41 + 6 * t)) < 8 and abs(y * 96 - 41) < 4 and 0.01 < area < 0.06
+        assert abs(x * 160 - (41 + 10 * t)) < 4 and abs(y * 120 - 21) < 4 and 0.02 < area < 0.06
 
 
 def test_largest_regions_are_connected():
@@ -572,9 +572,9 @@ def test_videos_become_rows(monkeypatch, tmp_path, capsys):
     """True times, motion without the camera's share, splits by scene, unreadable files named."""
     videos = tmp_path / "some clips"
     (videos / "deep").mkdir(parents=True)
-    write_video(videos / "square_a.mp4", moving_square(2, 0, -1), 10)
-    write_video(videos / "square_b.mp4", moving_square(2, 0, -1, seed=1), 10)
-    write_video(videos / "deep" / "fällt.mp4", moving_square(0, 2, 1), 10)
+    write_video(videos / "square_a.mp4", moving_square(4, 0, -1), 10)
+    write_video(videos / "square_b.mp4", moving_square(4, 0, -1, seed=1), 10)
+    write_video(videos / "deep" / "fällt.mp4", moving_square(0, 4, 1), 10)
     (videos / "empty.mp4").write_bytes(b"")
     (videos / "noise.mp4").write_bytes(bytes(range(256)) * 20)
     words = [

@@ -1,0 +1,471 @@
+"""dift.py: Eq. 7, schedule, order; a step does not depend on devices, micro-batches, caches or kills."""
+
+import itertools
+import json
+import math
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import N, ROOT, draw_image, lively, one_thread, refused, run_script, write_data
+from safetensors.torch import load_file
+
+import evaluate
+import model as model_py
+from dift import describe, dift_loss, log_line, lr_at, measure, rows_of_step, split_files
+from model import Images, collate, encode_row, load_images, load_model, newest_checkpoint, read_rows
+
+STEP_FIELDS = "loss ce sim norm_fed norm_true gnorm lr latents tokens".split()
+
+
+@pytest.fixture(scope="module")
+def rows(tiny):
+    return read_rows(tiny / "data" / "train_imagery.jsonl")
+
+
+# ---------------------------------------------------------------- Eq. 7
+
+
+def test_the_loss_by_hand():
+    """ce = (1 + 2 + 3) / 6; sim = ((1 - 1) + (1 - 0)) / 4: the counts are those of the whole step."""
+    logp = torch.tensor([-1.0, -2.0, -3.0])
+    imagined = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    targets = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
+    loss, ce, sim = dift_loss(logp, imagined, targets, n_text=6, n_latent=4, w_ce=0.1, w_sim=2.0)
+    assert (ce.item(), sim.item(), loss.item()) == pytest.approx((1.0, 0.25, 0.1 + 0.5))
+    loss, ce, sim = dift_loss(logp, imagined[:0], None, 6, 0, 0.1, 2.0)  # no imagery in the whole step
+    assert (ce.item(), sim.item(), loss.item()) == pytest.approx((1.0, 0.0, 0.1))
+    loss, ce, sim = dift_loss(logp, imagined[:0], targets[:0], 6, 4, 0.1, 2.0)  # none in this micro-batch
+    assert (sim.item(), loss.item()) == pytest.approx((0.0, 0.1))
+
+
+def test_no_gradient_reaches_the_targets():
+    logp = torch.tensor([-1.0], requires_grad=True)
+    imagined, targets = torch.randn(2, 3, 4).requires_grad_().unbind()
+    imagined, targets = (x.detach().requires_grad_() for x in (imagined, targets))
+    dift_loss(logp, imagined, targets, 1, 3, 1.0, 1.0)[0].backward()
+    assert targets.grad is None and imagined.grad.abs().sum() > 0 and logp.grad.item() == -1
+
+
+def test_the_step_equals_a_naive_loop(tiny, rows):
+    """Row by row, token by token: h_{t-1} speaks about token t or is compared with z_t; prompts do not count."""
+    model = lively(tiny)
+    table = model.net.get_input_embeddings().weight
+    nll, away, n_text, n_latent = 0.0, 0.0, 0, 0
+    for row in rows[:5]:
+        text = model.tok.decode(encode_row(model, row, answer=False)["ids"])
+        prompt = len(model.tok(text)["input_ids"])
+        sample = encode_row(model, row)
+        ids = sample["ids"].tolist()
+        pixels, grid = load_images(row["image_input"], model.net.config)
+        video = iter(model.net.model.visual(pixels, grid_thw=torch.tensor([grid])).pooler_output)
+        latents = []
+        for path in row["image_output"]:
+            pixels, grid = load_images([path], model.net.config)
+            raster = model.net.model.visual(pixels, grid_thw=torch.tensor([grid])).pooler_output.view(
+                3, 4, -1
+            )
+            for part in (raster[:2, :2], raster[:2, 2:], raster[2:, :2], raster[2:, 2:]):
+                latents.append(part.mean(dim=(0, 1)))
+        fed = iter(latents)
+        special = {model.ids["video_pad"]: video, model.ids["latent_pad"]: fed}
+        x = torch.stack([next(special[token]) if token in special else table[token] for token in ids])
+        hidden = model.net.model.language_model(
+            inputs_embeds=x[None], position_ids=sample["positions"][:, None]
+        )
+        hidden, latents = hidden.last_hidden_state[0], iter(latents)
+        for t in range(prompt, len(ids)):
+            if ids[t] == model.ids["latent_pad"]:
+                away += 1 - F.cosine_similarity(hidden[t - 1], next(latents), dim=0)
+                n_latent += 1
+            else:
+                nll -= (table @ hidden[t - 1]).log_softmax(dim=0)[ids[t]]
+                n_text += 1
+    batch = Images(model).add(collate([encode_row(model, row) for row in rows[:5]], model.ids["pad"]))
+    loss, ce, sim = dift_loss(*model(batch), n_text, n_latent, 0.1, 1.0)
+    assert n_latent == 4 * (1 + 2 + 3 + 1 + 2) and n_text == batch["is_text"].sum()
+    assert ce.item() == pytest.approx((nll / n_text).item(), abs=1e-5)
+    assert sim.item() == pytest.approx((away / n_latent).item(), abs=1e-5)
+    assert loss.item() == pytest.approx(0.1 * ce.item() + sim.item(), abs=1e-6)
+
+
+def test_the_logged_cosine_is_centred_per_latent_index():
+    z = torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(0))
+    shared = torch.tensor([[100.0] * 8, [-50.0] * 8])  # another direction at each index
+    zero = torch.zeros(())
+    same = measure(zero + 3, zero + 1, zero + 2, (2 * z + shared).view(10, 8), z.view(10, 8), 2)
+    assert same[:3].tolist() == [3, 1, 2]
+    assert same[3].item() == pytest.approx(10, abs=1e-3)  # a sum over 10 latents of cosine 1
+    assert same[5].item() == pytest.approx(z.norm(dim=-1).sum().item(), rel=1e-5)
+    assert same[4].item() == pytest.approx((2 * z + shared).norm(dim=-1).sum().item(), rel=1e-5)
+    other = (z.roll(1, dims=0) + shared).view(10, 8)
+    assert measure(zero, zero, zero, other, z.view(10, 8), 2)[3] < 5  # the plain one would be near 10
+    assert measure(zero, zero, zero, None, None, 2).tolist() == [0] * 6
+
+
+# ---------------------------------------------------------------- schedule and order
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = [lr_at(step, 100, 10, 2.0) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[4] == pytest.approx(1.0)
+    assert rates[9] == rates[10] == pytest.approx(2.0) == max(rates)
+    assert rates[55] == pytest.approx(1.0) and rates[99] == pytest.approx(2.0 / 90)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert lr_at(0, 10, 0, 1.0) == 1.0
+    assert 0 < lr_at(2, 3, 50, 1.0) == pytest.approx(3 / 50)  # a run shorter than its warm-up
+
+
+def test_every_epoch_covers_the_rows_once():
+    """10 rows in batches of 4: steps 0-4 are two epochs, step 2 is half of the first, half of the second."""
+    drawn = [index for step in range(5) for index in rows_of_step(step, 10, 4, seed=0)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:] and drawn[:10] != list(range(10))
+    again = [rows_of_step(step, 10, 4, seed=0) for step in (4, 0, 2, 1, 3)]
+    assert again == [drawn[4 * step : 4 * step + 4] for step in (4, 0, 2, 1, 3)]
+    assert rows_of_step(0, 10, 4, seed=1) != drawn[:4]
+    assert sorted(rows_of_step(0, 3, 9, seed=0)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_files_of_a_folder_and_of_a_lone_file(tmp_path):
+    train, test = split_files(tmp_path, "verbal")
+    assert (train, test) == (tmp_path / "train_verbal.jsonl", tmp_path / "test_verbal.jsonl")
+    assert split_files(tmp_path / "a.jsonl", "imagery") == (tmp_path / "a.jsonl", tmp_path / "a.jsonl")
+    (tmp_path / "a_test.jsonl").write_text("")
+    assert split_files(tmp_path / "a.jsonl", "imagery")[1] == tmp_path / "a_test.jsonl"
+
+
+def test_a_sample_is_described_with_its_masks(tiny, rows):
+    model = load_model(tiny / "base", K=4, pooling="grid")
+    text = describe(encode_row(model, rows[0]), model)
+    assert text.startswith("<|im_start|>system\n") and f"<|video_pad|> x {2 * N}<|vision_end|>" in text
+    assert "<|im_start|>assistant[\n<think>At 0s the red box is here <|latent_start|>]" in text
+    assert "]{" + "<|latent_pad|>" * 4 + "}[<|latent_end|>, near." in text
+    assert text.endswith("<answer>B. Pan Right</answer><|im_end|>]")
+
+
+def test_a_line_of_the_log():
+    entry = {"step": 12, "loss": 1.23, "ce": 2.0, "sim": 0.03, "cosine": 0.5, "retrieval": None, "gnorm": 0.9}
+    line = log_line(entry | {"lr": 1e-5, "latents": 8.0, "seconds": 2.0, "tokens": 3000.0}, 1000, 0.1, 1.0)
+    assert line.startswith("step    12/1000 | loss 1.2300 = 0.1 x ce 2.0000 + 1 x sim 0.0300 |")
+    assert "lr 1.0e-05 | latents 8.0 | 2.00 s | 1.5k tok/s" in line
+
+
+# ---------------------------------------------------------------- runs
+
+
+def words(tiny, out, *more):
+    """The command of a small run; later words win."""
+    base = [
+        f"MODEL={tiny / 'base'}",
+        f"DATA={tiny / 'data'}",
+        f"OUT={out}",
+        "STEPS=3",
+        "TEST_ROWS=0",
+        "EVAL_EVERY=0",
+    ]
+    return [*base, "GLOBAL_BATCH=8", "MICRO_BATCH=8", "WARMUP=50", "LOG_EVERY=1", *more]
+
+
+def train(tiny, out, *more):
+    """A run in this process -> log entries, weights by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        run_script(patch, "dift.py", *words(tiny, out, *more))
+    return result_of(out)
+
+
+def result_of(out):
+    log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return log, load_file(newest_checkpoint(out) / "model.safetensors")
+
+
+def assert_equal_runs(mine, theirs, fields=STEP_FIELDS):
+    """Losses, gradient norms and weights to 1e-5."""
+    assert len(mine[0]) == len(theirs[0]) == 3
+    for one, other in zip(mine[0], theirs[0]):
+        for name in fields:
+            assert one[name] == pytest.approx(other[name], abs=1e-5, rel=1e-5), name
+    assert mine[1].keys() == theirs[1].keys()
+    for name, weight in mine[1].items():
+        assert torch.allclose(weight, theirs[1][name], atol=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def plain(tiny, tmp_path_factory):
+    """Three steps of one process, one micro-batch a step."""
+    return train(tiny, tmp_path_factory.mktemp("plain") / "run")
+
+
+def test_a_step_trains_the_text_and_leaves_vision_alone(tiny, plain):
+    log, weights = plain
+    before = load_file(tiny / "base" / "model.safetensors")
+    assert before.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, before[name]) is ("visual" in name), name
+    assert sum("visual" in name for name in weights) > 10
+    assert [entry["step"] for entry in log] == [1, 2, 3]
+    for entry in log:
+        assert entry["loss"] == pytest.approx(entry["ce"] + entry["sim"])
+        assert all(math.isfinite(entry[name]) for name in [*STEP_FIELDS, "cosine", "seconds"])
+    assert [entry["lr"] for entry in log] == pytest.approx([lr_at(step, 3, 50, 1e-3) for step in range(3)])
+    assert log[2]["ce"] < log[0]["ce"] == pytest.approx(math.log(448), abs=0.3)
+
+
+def test_the_run_says_what_it_does(tiny, tmp_path, capsys):
+    train(tiny, tmp_path / "run", "STEPS=1", "W_CE=0.1", "GLOBAL_BATCH=2")
+    out = capsys.readouterr().out
+    assert "W_CE=0.1" in out and "GLOBAL_BATCH=2" in out and f"torch {torch.__version__}" in out
+    assert "M trained weights" in out and "{<|latent_pad|>" in out
+    assert "step     1/1 | loss" in out and "0.1 x ce" in out
+    log, _ = result_of(tmp_path / "run")
+    assert log[0]["loss"] == pytest.approx(0.1 * log[0]["ce"] + log[0]["sim"])
+
+
+@pytest.mark.parametrize(
+    "change", ["MICRO_BATCH=2", "MICRO_BATCH=3", "CHECKPOINTING=True", "CACHE_FEATURES=False"]
+)
+def test_a_step_does_not_depend_on(tiny, tmp_path, plain, change):
+    assert_equal_runs(train(tiny, tmp_path / "run", change), plain)
+
+
+def test_two_processes_equal_one(tiny, tmp_path, plain):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dift.py"]
+    run += words(tiny, tmp_path / "run", "MICRO_BATCH=2")  # two micro-batches on each of the two
+    done = subprocess.run(run, cwd=ROOT, env=one_thread(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 x cpu") == 1  # one process speaks
+    assert_equal_runs(result_of(tmp_path / "run"), plain)
+
+
+def test_a_checkpoint_says_where_it_comes_from(tiny, tmp_path):
+    log, _ = train(tiny, tmp_path / "run", "STEPS=2", "SAVE_EVERY=1", "W_SIM=0.5")
+    folder = newest_checkpoint(tmp_path / "run")
+    assert folder.name == "step_000002"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["run"]["MODEL"] == str(tiny / "base") and config["run"]["W_SIM"] == 0.5
+    assert config["run"]["step"] == 2
+    assert config["latent_norm"] == pytest.approx(log[-1]["norm_true"])
+    train(tiny, tmp_path / "plain", "STEPS=1", "MATCH_NORM=False")
+    assert load_model(tmp_path / "plain").net.config.latent_norm is None
+
+
+def test_pretraining_trains_vision_without_imagery(tiny, tmp_path):
+    log, weights = train(tiny, tmp_path / "run", "K=0", "TRAIN_VISION=True", "STEPS=2")
+    before = load_file(tiny / "base" / "model.safetensors")
+    moved = {name for name, weight in weights.items() if not torch.equal(weight, before[name])}
+    assert any("visual.patch_embed" in name for name in moved) and any(
+        "visual.merger" in name for name in moved
+    )
+    assert [entry["latents"] for entry in log] == [0, 0] and log[0]["sim"] == 0
+    train(tiny, tmp_path / "next", f"MODEL={tmp_path / 'run'}", "STEPS=1")  # and DIFT goes on from there
+    assert load_model(tmp_path / "next").K == 4
+
+
+def test_the_run_ends_with_a_score_and_a_picture(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(evaluate.PLAIN, "max_new", 6)
+    for steps in (1, 2):  # going on for longer answers the questions again
+        train(tiny, tmp_path / "run", "TEST_ROWS=5", "EVAL_EVERY=1", f"STEPS={steps}")
+        summary = json.loads((tmp_path / "run" / "eval" / "summary.json").read_text())
+        assert summary["scores"]["micro"]["n"] == 5
+    assert f"{tmp_path}/run/eval/report.html" in capsys.readouterr().out
+    for name in ("picture.png", "report.html", "results.jsonl"):
+        assert (tmp_path / "run" / "eval" / name).stat().st_size > 1000
+    train(tiny, tmp_path / "run", "TEST_ROWS=5", "EVAL_EVERY=1", "STEPS=2")  # nothing left to do
+    assert json.loads((tmp_path / "run" / "eval" / "summary.json").read_text()) == summary
+
+
+# ---------------------------------------------------------------- kill -9 and resume
+
+
+KILLED = """
+import os, runpy, signal, sys
+import evaluate
+{fakes}
+real = os.replace
+def replace(source, target):
+    if str(target).endswith("step_000006"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+os.replace = replace
+runpy.run_path("dift.py", run_name="__main__")
+"""
+FAKES = """
+def look(core, rows, out=None, **how):
+    weights = sum(weight.double().sum().item() for weight in core.parameters())
+    return {"imagery": {"retrieval": weights}}
+evaluate.evaluate = look
+evaluate.draw = evaluate.print_table = lambda *words: None
+"""
+
+
+def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
+    """Killed while it writes the checkpoint of step 6, after six lines of log; it goes on from step 4."""
+    more = [
+        "STEPS=8",
+        "SAVE_EVERY=2",
+        "TEST_ROWS=2",
+        "EVAL_EVERY=3",
+        "WARMUP=3",
+        "MICRO_BATCH=4",
+        "GLOBAL_BATCH=6",
+    ]
+    run = [sys.executable, "-c", KILLED.format(fakes=FAKES), *words(tiny, tmp_path / "killed", *more)]
+    done = subprocess.run(run, cwd=ROOT, env=one_thread(), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = sorted(path.name for path in (tmp_path / "killed").glob("*step*"))
+    assert left == ["step_000002", "step_000004"]
+    assert len((tmp_path / "killed" / "log.jsonl").read_text().splitlines()) == 6
+
+    for name in ("evaluate", "draw", "print_table"):
+        monkeypatch.setattr(evaluate, name, getattr(evaluate, name))  # restored after the test
+    exec(FAKES, {"evaluate": evaluate})
+    whole, whole_weights = train(tiny, tmp_path / "whole", *more)
+    again, weights = train(tiny, tmp_path / "killed", *more)
+    for entry in (*whole, *again):
+        assert entry.pop("seconds") > 0
+    assert len(again) == 8 and again == whole
+    assert whole[3]["retrieval"] is not None and len({entry["retrieval"] for entry in whole}) == 3
+    assert all(torch.equal(weight, whole_weights[name]) for name, weight in weights.items())
+    for name in ("model.safetensors", "optimizer.safetensors", "tokenizer.json"):
+        one, other = (tmp_path / out / "step_000008" / name for out in ("whole", "killed"))
+        assert one.read_bytes() == other.read_bytes(), name
+
+
+def test_a_killed_pretraining_goes_on_too(tiny, tmp_path):
+    """K = 0: the latent rows, which weight decay and the tied head change, do not start anew."""
+    more = ["K=0", "TRAIN_VISION=True", "WARMUP=1", "SAVE_EVERY=1"]
+    whole, weights = train(tiny, tmp_path / "whole", *more)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "whole" / "step_000002").rename(tmp_path / "cut" / "step_000002")
+    (tmp_path / "cut" / "log.jsonl").write_text((tmp_path / "whole" / "log.jsonl").read_text())
+    again, resumed = train(tiny, tmp_path / "cut", *more)
+    assert [entry["loss"] for entry in again] == [entry["loss"] for entry in whole]
+    assert all(torch.equal(weight, weights[name]) for name, weight in resumed.items())
+
+
+def test_the_folder_of_another_run_is_refused(tiny, tmp_path):
+    out = tmp_path / "run"
+    write_data(tmp_path / "data")
+    shutil.copy(tmp_path / "data" / "train_imagery.jsonl", tmp_path / "data" / "train_verbal.jsonl")
+    data = f"DATA={tmp_path / 'data'}"
+    train(tiny, out, data, "STEPS=1")
+    for word in ("LR=0.5", "SEED=3", "K=2", "POOLING=strips", "GLOBAL_BATCH=4", "W_CE=0.5", "COT=verbal"):
+        name, value = word.split("=")
+        refused(lambda word=word: train(tiny, out, data, word), f"{out}", f"{name}=", "RESUME=never")
+    refused(lambda: train(tiny, out), "DATA=")
+
+
+def test_starting_afresh_replaces_the_old_run(tiny, tmp_path):
+    out = tmp_path / "run"
+    train(tiny, out, "STEPS=3", "SAVE_EVERY=1")
+    log, _ = train(tiny, out, "STEPS=1", "RESUME=never", "LR=0.5")
+    assert len(log) == 1
+    assert newest_checkpoint(out).name == "step_000001"
+    assert json.loads((newest_checkpoint(out) / "config.json").read_text())["run"]["LR"] == 0.5
+
+
+# ---------------------------------------------------------------- bad input: one sentence each
+
+
+def test_bad_input_ends_the_program_with_one_line(tiny, tmp_path):
+    """As a user sees it: exit code 1, one line, no traceback. The others are tested in this process."""
+    run = [sys.executable, "dift.py", "STEP=3"]
+    done = subprocess.run(run, cwd=ROOT, env=one_thread(), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.strip().splitlines()[-1].startswith("There is no constant STEP; the nearest is STEPS")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("STEP=3", "STEPS"),
+        ("STEPS=ten", "int"),
+        ("DATA=none.jsonl", "none.jsonl"),
+        ("MODEL=none", "none"),
+        ("COT=words", "train_words.jsonl"),
+        ("POOLING=gird", "POOLING"),
+        ("RESUME=yes", "RESUME"),
+        ("K=64", "K=64"),  # an overlay has 12 tokens
+        ("SUFFIX=@none", "none"),
+    ],
+)
+def test_bad_constants_are_one_sentence(tiny, tmp_path, word, said):
+    refused(lambda: train(tiny, tmp_path / "run", word), said)
+    assert not (tmp_path / "run" / "step_000003").exists()
+
+
+def test_another_k_than_the_checkpoints_is_one_sentence(tiny, tmp_path):
+    train(tiny, tmp_path / "run", "STEPS=1")
+    more = [f"MODEL={tmp_path / 'run'}", "K=2"]
+    refused(lambda: train(tiny, tmp_path / "other", *more), "K=4", "2")
+
+
+def test_a_global_batch_that_cannot_be_shared_is_one_sentence(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_py, "init_distributed", lambda: (0, 3, torch.device("cpu")))
+    refused(lambda: train(tiny, tmp_path / "run"), "GLOBAL_BATCH=8", "3 processes")
+
+
+def broken_data(folder, change):
+    """A folder of data with one thing wrong in the sixth row."""
+    rows = write_data(folder)
+    change(rows[5], folder)
+    text = [json.dumps(row) + "\n" for row in rows]
+    if "raw" in rows[5]:
+        text[5] = rows[5]["raw"] + "\n"
+    (folder / "train_imagery.jsonl").write_text("".join(text))
+    return folder
+
+
+def spoil(folder, row, content):
+    """Its last frame becomes another file."""
+    row["image_input"][-1] = "spoilt.jpg"
+    (folder / "spoilt.jpg").write_bytes(content)
+
+
+def half_a_jpeg(folder):
+    draw_image(folder / "whole.jpg", np.random.default_rng(0))
+    return (folder / "whole.jpg").read_bytes()[:500]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda row, folder: row.update(raw='{"id": '), "not valid JSON"),
+        (lambda row, folder: row.pop("text_input"), "text_input"),
+        (lambda row, folder: row["image_output"].pop(), "image_output"),
+        (lambda row, folder: row["image_input"].__setitem__(1, "gone.jpg"), "gone.jpg"),
+        (lambda row, folder: spoil(folder, row, b"no image"), "spoilt.jpg is not a readable image"),
+        (lambda row, folder: spoil(folder, row, half_a_jpeg(folder)), "spoilt.jpg is not a readable image"),
+    ],
+)
+def test_bad_data_is_named_by_file_and_line(tiny, tmp_path, change, said):
+    data = broken_data(tmp_path / "data", change)
+    more = [f"DATA={data}", "GLOBAL_BATCH=8", "MICRO_BATCH=1"]
+    refused(lambda: train(tiny, tmp_path / "run", *more), f"{data}/train_imagery.jsonl:6: ", said)
+
+
+def test_a_missing_folder_is_made(tiny, tmp_path, monkeypatch):
+    asked = []
+
+    def made(command, **how):
+        asked.append([str(word) for word in command])
+        write_data(tmp_path / "new")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", made)
+    log, _ = train(tiny, tmp_path / "run", f"DATA={tmp_path / 'new'}", "STEPS=1")
+    assert asked == [[sys.executable, str(ROOT / "generate_data.py"), f"OUT={tmp_path / 'new'}"]]
+    monkeypatch.setattr(subprocess, "run", lambda command, **how: subprocess.CompletedProcess(command, 1))
+    refused(lambda: train(tiny, tmp_path / "other", f"DATA={tmp_path / 'gone'}"), "generate_data.py", "gone")
+
+
+def test_the_script_can_be_imported_without_running():
+    assert "kept_on_resume" in runpy.run_path(str(ROOT / "dift.py"), run_name="dift")
