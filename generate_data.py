@@ -43,9 +43,9 @@ VIDEOS = ""  # folder of mp4 files, searched through all its folders (SOURCE="vi
 # data
 SOURCE = "toy"  # "toy" | "videos"
 COT = "all"  # "all" | "imagery" | "noimage" | "verbal": which chains of thought are written
-TRAIN_CLIPS = 8000  # clips of train_*.jsonl (ours)
+TRAIN_CLIPS = 7000  # clips of train_*.jsonl (ours)
 TEST_CLIPS = 500  # clips of test_*.jsonl, never seen in training (ours)
-RL_TRAIN_CLIPS = 2000  # clips of rl_train.jsonl (ours)
+RL_TRAIN_CLIPS = 1500  # clips of rl_train.jsonl (ours)
 RL_TEST_CLIPS = 250  # clips of rl_test.jsonl (ours)
 PRETRAIN_CLIPS = 0  # clips of pretrain.jsonl; 0: no pretraining files (ours)
 PRETRAIN_TEST_CLIPS = 200  # clips of pretrain_test.jsonl, and its option rows (ours)

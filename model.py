@@ -473,7 +473,8 @@ def token_logps(hidden, head, targets, banned=None, temperature=1.0, chunk=512):
     """
 
     def one(rows, ids):
-        logits = mask_logits(head(rows).float() / temperature, banned)  # (n, V)
+        logits = mask_logits(head(rows).float(), banned)  # (n, V)
+        logits = logits if temperature == 1 else logits / temperature  # no copy of this size for nothing
         return -F.cross_entropy(logits, ids, reduction="none")
 
     if len(targets) <= chunk:

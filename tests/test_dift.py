@@ -55,7 +55,7 @@ def test_no_gradient_reaches_the_targets():
 
 
 def test_the_step_equals_a_naive_loop(tiny, rows):
-    """Row by row, token by token: h_{t-1} speaks about token t or is compared with z_t; prompts do not count."""
+    """Row by row, token by token: h_{t-1} speaks about token t, or is compared with z_t; a prompt is free."""
     model = lively(tiny)
     table = model.net.get_input_embeddings().weight
     nll, away, n_text, n_latent = 0.0, 0.0, 0, 0
@@ -445,6 +445,7 @@ def half_a_jpeg(folder):
         (lambda row, folder: spoil(folder, row, b"no image"), "spoilt.jpg is not a readable image"),
         (lambda row, folder: spoil(folder, row, half_a_jpeg(folder)), "spoilt.jpg is not a readable image"),
     ],
+    ids=["json", "field", "placeholders", "missing image", "no image", "half an image"],
 )
 def test_bad_data_is_named_by_file_and_line(tiny, tmp_path, change, said):
     data = broken_data(tmp_path / "data", change)
