@@ -72,12 +72,7 @@ DOLLY = (0.32, 0.45)  # dolly and motions in depth, as a share of the depth (our
 MIN_AREA = 0.03  # least visible area of an object asked about, share of the frame (ours)
 MIN_VISIBLE = 0.7  # least unoccluded share of its silhouette (ours)
 HIDDEN_AREA = 0.005  # below this share of the frame a thing is called hidden (ours)
-LINES = (
-    (0.0, 20),
-    (0.333, 90),
-    (0.667, 165),
-    (1.0, 235),
-)  # viewfinder: place in x, grey; so that x is seen (ours)
+LINES = (20, 90, 165, 235)  # greys of upright viewfinder lines, left to right: so that x can be seen (ours)
 NOISE = 4.0  # standard deviation of the pixel noise, of 255 (ours)
 # real footage
 SEGMENTER = "motion"  # what finds the moving object: difference to the median, crude (ours)
@@ -246,8 +241,9 @@ def render(scene, size, hfov):
         colour[front] = light[:, None] * np.float32(COLOURS[thing["colour"]])
     frames = np.clip(colour * look["brightness"] + look["noise"], 0, 255).astype(np.uint8)
     width = max(1, size // 28)
-    for place, grey in LINES:  # nothing is visible under the lines of the viewfinder
-        columns = slice(round(place * (size - width)), round(place * (size - width)) + width)
+    for number, grey in enumerate(LINES):  # nothing is visible under the lines of the viewfinder
+        left = round(number * (size - width) / max(1, len(LINES) - 1))
+        columns = slice(left, left + width)
         frames[:, :, columns], owner[:, :, columns], is_sun[:, :, columns] = grey, -1, False
     masks = {thing["name"]: owner == number for number, thing in enumerate(things)}
     return frames, masks | {"sun": is_sun & (owner < 0)}, areas
