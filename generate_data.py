@@ -11,7 +11,8 @@ Out: OUT/{train,test}_{imagery,noimage,verbal}.jsonl  questions on disjoint clip
     python generate_data.py TRAIN_CLIPS=64000 SIZE=84 OUT=out/big    # more and larger, for a GPU run
     python generate_data.py SOURCE=videos VIDEOS=clips OUT=out/real  # real video, no weights needed
 
-The stage is numpy on WORKERS processes: no torchrun, no GPU. A killed run continues when started again.
+The stage is numpy on WORKERS processes, without a GPU; under torchrun the first process does it
+all. A killed run continues when started again.
 
 Differs from the paper:
 - the toy world's masks, poses and paths are exact: no annotator, segmenter or overlay check (Eq. 2).
@@ -1002,6 +1003,10 @@ def write_files(out, items, dropped, constants):
 
 
 if __name__ == "__main__":
+    if (
+        os.environ.get("RANK", "0") != "0"
+    ):  # under torchrun the first process does the work, on WORKERS processes
+        sys.exit(0)
     constants = set_constants(globals())
     settings = {name: value for name, value in constants.items() if not isinstance(value, (list, dict))}
     recorded = {name: value for name, value in settings.items() if name not in ("OUT", "WORKERS")}
