@@ -20,7 +20,6 @@ import functools
 import itertools
 import json
 import math
-import random
 import re
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 from model import Images, all_sum, check, collate, encode_row, init_distributed
-from model import load_model, load_optimizer, read_rows, save_checkpoint, set_constants
+from model import load_model, load_optimizer, read_rows, rows_of_step, save_checkpoint, set_constants
 
 # --- paths
 MODEL = "assets/tiny"  # checkpoint folder to start from: the bundled tiny base, or any Qwen2.5-VL
@@ -106,18 +105,6 @@ def measure(loss, ce, sim, imagined, targets, K):
 def lr_at(step, steps, warmup, peak):
     """Linear warm-up to `peak`, then linear decay that would reach zero at `steps`; step counts from 0."""
     return peak * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
-
-
-def rows_of_step(step, count, batch, seed):
-    """Indices of a step's global batch: a walk through one shuffle per epoch, a function of (seed, step)."""
-    positions = range(step * batch, (step + 1) * batch)
-    return [epoch_order(seed, position // count, count)[position % count] for position in positions]
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, count):
-    """The order of the rows in one epoch."""
-    return random.Random(f"{seed}-{epoch}").sample(range(count), count)
 
 
 def split_files(data, cot):
@@ -195,7 +182,7 @@ if __name__ == "__main__":
 
     # log
     log, retrieval = Path(OUT) / "log.jsonl", None
-    lines = log.read_text().splitlines()[:start] if start else []
+    lines = log.read_text().splitlines()[:start] if start and rank == 0 else []
     if rank == 0:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("".join(line + "\n" for line in lines))

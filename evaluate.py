@@ -69,6 +69,7 @@ CONTROLS = {"VIDEO": "none other shuffled".split(), "LATENTS": "zero noise pad s
 PLAIN = {"video": "", "latents": "", "max_new": 512, "batch": 64, "seed": 0}  # how evaluate asks unless told
 GROUPS = {"camera (both)": ("camera_single", "camera_pair")}  # subtasks that are also counted together
 CURVES = "loss ce sim cosine retrieval gnorm lr".split()  # fields of log.jsonl that the report draws
+CURVES += "reward acc fmt holdout length kl entropy".split()  # and of 4DRL
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 FILM, HEAT = 194, 128  # pixels: width of a film frame and of a heat map
 FRAMES, PAIRS = 8, 4  # film frames and heat maps drawn at most, evenly spaced

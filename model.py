@@ -17,9 +17,11 @@ Differs from the paper:
 
 import ast
 import difflib
+import functools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import sys
@@ -198,6 +200,18 @@ def find_file(name, folder, where):
         if candidate.is_file():
             return str(candidate.absolute())
     sys.exit(f"{where}: there is no file {name}, neither as written nor beside {folder}.")
+
+
+def rows_of_step(step, count, batch, seed):
+    """Indices of a step's global batch: a walk through one shuffle per epoch, a function of (seed, step)."""
+    positions = range(step * batch, (step + 1) * batch)
+    return [epoch_order(seed, position // count, count)[position % count] for position in positions]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, count):
+    """The order of the rows in one epoch."""
+    return random.Random(f"{seed}-{epoch}").sample(range(count), count)
 
 
 # ---------------------------------------------------------------- pixels
@@ -554,27 +568,49 @@ class Thinker(nn.Module):
         inputs["attention_mask"] = None if is_real is None else is_real.long()
         return self.net.model.language_model(**inputs).last_hidden_state
 
+    def prefill(self, batch, copies=1):
+        """Reads left-padded prompts once, for `copies` answers to each, side by side: B = rows · copies.
+
+        -> their cache, last hidden state (B, 1, D), is_real (B, T) and largest position (B,).
+        """
+        if self.training:
+            raise RuntimeError("Call eval() first: activation checkpointing drops the cache and the imagery.")
+        features, _ = self.visual_inputs(batch)
+        x = self.embed(batch["ids"], batch["is_visual"], features)
+        past = DynamicCache(config=self.net.config.text_config)
+        hidden = self.text(x, batch["positions"], batch["is_real"], past)[:, -1:]
+        past.batch_repeat_interleave(copies)
+        shared = (hidden, batch["is_real"], batch["positions"].amax(dim=(0, 2)))
+        return past, *(x.repeat_interleave(copies, dim=0) for x in shared)
+
     def forward(self, batch, latents=None, ban=False, temperature=1.0):
         """Teacher-forced pass over right-padded rows -> logp (n_text,), imagined and targets (n_latent, D).
 
         logp: of every supervised token given what stands before it; imagined: h_{t-1} at latent positions t;
         targets: z_t, also the input at t (Eq. 7), or the given `latents` (n, D) as they were sampled (4DRL).
-        A batch of pixels alone gives the list of their features (N, D).
+        With batch["prompts"] (padded left) the rows are answers to them, G to each, and each prompt is read
+        once. A batch of pixels alone gives the list of their features (N, D).
         """
         if "ids" not in batch:
             return self.encode(batch["pixels"], batch["grids"])
-        features, targets = self.visual_inputs(batch)
+        is_latent, is_text, is_real = batch["is_latent"], batch["is_text"], None
+        features, targets, past, prompts = None, None, None, batch.get("prompts")
+        if prompts:
+            past, before, is_real, _ = self.prefill(prompts, len(is_text) // len(prompts["ids"]))
+            is_real = torch.cat([is_real, batch["is_real"]], dim=1) if len(prompts["ids"]) > 1 else None
+        else:
+            features, targets = self.visual_inputs(batch)
         targets = targets if latents is None else latents
-        is_latent, is_text = batch["is_latent"], batch["is_text"]
         given, places = 0 if targets is None else len(targets), int(is_latent.sum())
         if given != places:  # the pitfall: imagery silently left out
             raise ValueError(f"{batch['where']}: {places} latent positions, {given} latents.")
         x = self.embed(batch["ids"], batch["is_visual"], features, is_latent, targets)
-        hidden = self.text(x, batch["positions"])[:, :-1]  # (B, T-1, D): position t-1 speaks about token t
-        rows = hidden[is_text[:, 1:]]  # (n_text, D)
-        banned = self.banned if ban else None
-        logp = token_logps(rows, self.net.lm_head, batch["ids"][:, 1:][is_text[:, 1:]], banned, temperature)
-        return logp, hidden[is_latent[:, 1:]], targets
+        hidden = self.text(x, batch["positions"], is_real, past)  # (B, T, D)
+        before = before if prompts else hidden[:, :1]  # a whole row's first token is nobody's target
+        hidden = torch.cat([before, hidden[:, :-1]], dim=1)  # position t-1 speaks about token t
+        rows, banned = hidden[is_text], self.banned if ban else None  # (n_text, D)
+        logp = token_logps(rows, self.net.lm_head, batch["ids"][is_text], banned, temperature)
+        return logp, hidden[is_latent], targets
 
 
 # ---------------------------------------------------------------- generation
@@ -598,26 +634,25 @@ def pick(logits, uniform, temperature, top_p):
 
 
 @torch.no_grad()
-def generate(model, samples, max_new, images=None, temperature=0.0, top_p=1.0, generators=None, feed=None):
-    """Recurrent generation (Eq. 8), batched with left padding -> one dict per prompt.
+def generate(
+    model, samples, max_new, images=None, temperature=0.0, top_p=1.0, generators=None, feed=None, sync=False
+):
+    """Recurrent generation (Eq. 8), batched with left padding -> one dict per answer.
 
     After a sampled `<|latent_start|>` a row's next K inputs are its own last hidden states, then
-    `<|latent_end|>` is forced; each row is in its own state. `generators`: one CPU torch.Generator a row, for
-    temperature > 0. `feed` (hidden (B, D), block (B,), k (B,), counted from 0) -> (B, D) replaces what is fed
-    inside blocks (controls). A dict holds, over the new tokens with the end of turn: ids (latents recorded as
-    latent_pad), is_latent, is_sampled (lists), latents (n, D) as fed, text, cut (max_new came first).
+    `<|latent_end|>` is forced; each row is in its own state. `generators`: one CPU torch.Generator an answer,
+    for temperature > 0; G times as many as samples give G answers to each, whose prompt is read once.
+    `feed` (hidden (B, D), block (B,), k (B,), counted from 0) -> (B, D) replaces what is fed inside blocks
+    (controls); it is called for all rows, those outside a block (k >= K) do not use it. With `sync` every
+    process goes on until all are done, so that all make the same number of steps.
+    A dict holds, over the new tokens with the end of turn: ids (latents recorded as latent_pad), is_latent,
+    is_sampled (lists), latents (n, D) as fed, text, cut (max_new came first).
     """
-    if model.training:  # activation checkpointing would drop the cache, and with it the imagery
-        raise RuntimeError("generate needs model.eval().")
     device, ids = model.banned.device, model.ids
     images = images or Images(model)
     batch = images.add(collate(samples, ids["pad"], "left"), device)
-    features, _ = model.visual_inputs(batch)
-    x = model.embed(batch["ids"], batch["is_visual"], features)
-    is_real, past = batch["is_real"], DynamicCache(config=model.net.config.text_config)
-    position = batch["positions"].amax(dim=(0, 2))  # (B,) largest so far
-    hidden = model.text(x, batch["positions"], is_real, past)[:, -1]  # (B, D)
-    B = len(samples)
+    past, hidden, is_real, position = model.prefill(batch, max(1, len(generators or ()) // len(samples)))
+    hidden, B = hidden[:, 0], len(hidden)  # (B, D)
     uniform = torch.zeros(B, max_new, dtype=torch.float64)
     if temperature > 0:
         uniform = torch.stack([torch.rand(max_new, generator=g, dtype=torch.float64) for g in generators])
@@ -642,7 +677,9 @@ def generate(model, samples, max_new, images=None, temperature=0.0, top_p=1.0, g
         block = block + starts
         left = torch.where(starts, model.K, torch.where(left >= 0, left - 1, left))
         done = done | ((token == ids["im_end"]) & ~inside & ~ending)
-        if done.all() or step == max_new - 1:
+        busy = int((~done).sum())
+        busy = all_sum([busy], device)[0] if sync else busy
+        if not busy or step == max_new - 1:
             break
         is_real = torch.cat([is_real, ~done[:, None]], dim=1)
         position = position + 1
