@@ -50,7 +50,7 @@ RL_TRAIN_CLIPS = 1500  # clips of rl_train.jsonl (ours)
 RL_TEST_CLIPS = 250  # clips of rl_test.jsonl (ours)
 PRETRAIN_CLIPS = 0  # clips of pretrain.jsonl; 0: no pretraining files (ours)
 PRETRAIN_TEST_CLIPS = 200  # clips of pretrain_test.jsonl, and its option rows (ours)
-OPTION_ROWS = 24000  # text-only "pick the option" rows: one question, five, or a drill, by turns (ours)
+OPTION_ROWS = 24000  # text-only rows, "pick the option" and drills by turns (ours)
 THINGS = (3, 5)  # fewest and most things of one "track" row (ours)
 P_TRACK = (1.0, 1.0, 1.0, 0.4)  # chances of a clip's pretraining rows: words, words, pixels, colour (ours)
 P_OBJECT_CLIP = 0.5  # share of clips asked about objects; the others are asked about the camera (ours)
@@ -671,7 +671,6 @@ def validate(row, key=None):
     late = any(after <= before for before, after in zip([-1, *moments], moments))
     letters = re.search(r"\b[B-F]\b|\bA[.):]|([Oo]ption|[Aa]nswer|[Cc]hoice) \(?A\b", thought)
     options = re.findall(r"^([A-F])\. (.*)$", row["text_input"], flags=re.M)
-    options = options if row["subtask"] != "options5" else []
     letter, _, label = answer.partition(". ")
     wrong = (letter, label) not in options or key not in (None, letter)
     reasons = {
@@ -741,35 +740,32 @@ def option_question(rng):
 
 
 def drill(rng):
-    """Five lists of options, each with two of its labels and their letters: the densest practice in binding.
+    """Four lists of options, each with four labels and their letters: the densest practice in binding.
 
-    After "A. white", "B. blue": "blueB" or, in two lines, "blue", "B". Side by side is the step that is
-    learned first; the others build on it.
+    After "A. white", "B. blue": "blueB", then other labels at growing distances from their letters. Short
+    labels, and a letter right beside its label, are learned first; the longer look-ups build on that.
     """
-    easy, parts = [*COLOURS, *MOVES, *DIRECTIONS], []
-    for number in range(5):
-        options = option_question(rng) if number % 2 else rng.permutation(easy)[:4].tolist()
-        text, lettered, _ = spell(rng, "", options)
-        asked = rng.permutation(list(lettered))[:2]
-        found = [f"{lettered[letter]}{gap}{letter}" for letter, gap in zip(asked, ("", "\n"))]
+    parts, gaps = [], ("", "\n", ".\nIt stands at\n", " fits, so this is the one to choose:\n")
+    for number in range(4):
+        labels = [*COLOURS] if number < 3 else [*COLOURS, *MOVES, *DIRECTIONS]
+        text, lettered, _ = spell(rng, "", rng.permutation(labels)[:4].tolist())
+        asked = rng.choice(list(lettered), 4)
+        found = [f"{lettered[letter]}{gap}{letter}" for letter, gap in zip(asked, gaps)]
         parts.append("\n".join([text.strip(), *found]))
     return "\n\n".join(parts)
 
 
 def option_row(split, number):
-    """A text-only row: "pick the option that says", one question or five in a row, or a drill, by turns."""
+    """A text-only row: a question that names the option to pick, or a drill if its number is odd."""
     rng = np.random.default_rng([SEED, SPLITS.index(split), number, 1])
-    subtask = ("options", "options5", "drill")[number % 3]
-    asked, parts, answers = [option_question(rng) for _ in range(5 if subtask == "options5" else 1)], [], []
-    for n, options in enumerate(asked, 1):
-        text, _, key = spell(rng, f'Pick the option that says "{options[0]}".', options)
-        parts.append(text if len(asked) == 1 else f"{n}. {text}")
-        answers.append(f"{key}. {options[0]}" if len(asked) == 1 else f"{n} {key}. {options[0]}")
-    thought = pick(rng, PHRASES["options"]["end"], label=asked[0][0]) if subtask == "options" else ""
-    if subtask == "drill":
-        parts, answers = ["Write options and find their letters."], [drill(rng)]
-    text = f"<think>{thought}</think>\n<answer>" + "\n".join(answers) + "</answer>"
-    row = base_row({"name": f"{split}_text"}, f"{number:06d}", "\n\n".join(parts), text, subtask)
+    subtask, question, thought = "drill", "Write options and find their letters.", ""
+    if number % 2 == 0:
+        subtask, (label, *others) = "options", option_question(rng)
+        question, _, key = spell(rng, f'Pick the option that says "{label}".', [label, *others])
+        thought = pick(rng, PHRASES["options"]["end"], label=label)
+    answer = f"{key}. {label}" if subtask == "options" else drill(rng)
+    text = f"<think>{thought}</think>\n<answer>{answer}</answer>"
+    row = base_row({"name": f"{split}_text"}, f"{number:06d}", question, text, subtask)
     return {"row": row, "label": subtask}
 
 

@@ -56,10 +56,10 @@ def word_hits(rows, texts):
     return hits
 
 
-def letters(text):
-    """Every option letter of an answer: "B. yellow" or "1 B. yellow" lines -> ["B", ...]."""
-    inside = re.search(r"<answer>(.*?)(</answer>|$)", text, flags=re.S)
-    return re.findall(r"^(?:\d )?([A-F])\.", inside.group(1), flags=re.M) if inside else []
+def letter(text):
+    """The option letter that an answer starts with: "B. yellow" -> "B"; None if it does not."""
+    found = re.search(r"<answer>([A-F])\.", text)
+    return found.group(1) if found else None
 
 
 def show(name, right, count):
@@ -75,21 +75,14 @@ if __name__ == "__main__":
     set_constants(globals())
     model = load_model(MODEL, K=0, pooling="grid")
     rows = read_rows(Path(DATA) / "pretrain_test.jsonl")
-    kinds = {
-        kind: [r for r in rows if r["subtask"] == kind][:LIMIT]
-        for kind in ("grounding", "options", "options5")
-    }
+    kinds = {kind: [r for r in rows if r["subtask"] == kind][:LIMIT] for kind in ("grounding", "options")}
     for kind, (right, count) in word_hits(
         kinds["grounding"], answers(model, kinds["grounding"], 200, BATCH)
     ).items():
         show(f"grounding, {kind} words", right, count)
-    for kind in ("options", "options5"):
-        given = answers(model, kinds[kind], 120, BATCH)
-        pairs = [(letters(row["text_output"]), letters(text)) for row, text in zip(kinds[kind], given)]
-        hits = [
-            place < len(said) and said[place] == key for keys, said in pairs for place, key in enumerate(keys)
-        ]
-        show(f"{kind}, letters", sum(hits), len(hits))
+    given = answers(model, kinds["options"], 60, BATCH)
+    pairs = [(letter(row["text_output"]), letter(text)) for row, text in zip(kinds["options"], given)]
+    show("options, letters", sum(key == said for key, said in pairs), len(pairs))
     motion = read_rows(Path(DATA) / "test_imagery.jsonl")
     for name, score in evaluate(model, motion, how={"max_new": 120}, limit=LIMIT)["scores"].items():
         show(f"motion, {name}", score["correct"], score["n"])

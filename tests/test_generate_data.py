@@ -376,34 +376,30 @@ def test_rejected_rows_are_made_again_and_then_dropped():
 
 
 def test_option_rows_are_answered():
-    """The text-only rows hold one or five questions, each answer is the option that was asked for."""
-    for number in range(60):
+    """The text-only questions are answered by the option that was asked for."""
+    for number in range(0, 60, 2):
         row = gd.option_row("pretrain", number)["row"]
-        asked = re.findall(r'says "(.*)"\.', row["text_input"])
-        answers = re.search("<answer>(.*)</answer>", row["text_output"], flags=re.S)[1].split("\n")
-        assert row["subtask"] == ("options", "options5", "drill")[number % 3] and row["image_input"] == []
-        if row["subtask"] == "drill":
-            continue
-        five = row["subtask"] == "options5"
-        assert len(asked) == len(answers) == (5 if five else 1)
-        blocks = row["text_input"].split("\n\n")[1::2]
-        for n, (label, answer, block) in enumerate(zip(asked, answers, blocks), 1):
-            answer = answer.removeprefix(f"{n} ") if five else answer
-            assert answer.endswith(". " + label) and answer in block.split("\n")
+        assert row["subtask"] == "options" and row["image_input"] == []
+        asked = re.search(r'says "(.*)"\.', row["text_input"])[1]
+        answer = re.search("<answer>(.*)</answer>", row["text_output"])[1]
+        assert answer.endswith(". " + asked) and answer in row["text_input"].split("\n")
+        assert gd.option_row("pretrain", number + 1)["row"]["subtask"] == "drill"
 
 
 def test_a_drill_names_the_letters_of_its_own_options():
-    """Five lists; after each, one label with its letter side by side and another one in two lines."""
+    """Four lists; after each, four labels with their letters, at growing distances."""
     seen = set()
     for number in range(40):
         lists = gd.drill(np.random.default_rng(number)).split("\n\n")
-        assert len(lists) == 5
+        assert len(lists) == 4
         for lines in (part.split("\n") for part in lists):
-            *options, glued, label, letter = lines
-            assert len(options) == len(set(options)) == 4
-            assert f"{glued[-1]}. {glued[:-1]}" in options and f"{letter}. {label}" in options
-            assert letter != glued[-1]
-            seen.add(letter)
+            options, found = lines[:4], lines[4:]
+            assert len(options) == len(set(options)) == 4 and len(found) == 8
+            glued, *near, label, words, far, longest, last = found
+            pairs = [(glued[-1], glued[:-1]), (near[1], near[0]), (far, label.removesuffix("."))]
+            pairs.append((last, longest.removesuffix(" fits, so this is the one to choose:")))
+            assert words == "It stands at" and all(f"{letter}. {name}" in options for letter, name in pairs)
+            seen |= {letter for letter, _ in pairs}
     assert seen == set("ABCD")
 
 
@@ -426,7 +422,7 @@ def test_rows_of_the_three_forms_ask_the_same(folder):
 
 def test_files_are_read_by_the_other_stages(folder):
     """read_rows takes every jsonl, so the images exist; frames are of SIZE; meta.json counts right."""
-    no_key = ("grounding", "fine", "options5", "drill")
+    no_key = ("grounding", "fine", "drill")
     for path in sorted(folder.glob("*.jsonl")):
         for row in read_rows(path):
             assert len(row["times"]) == len(row["image_input"])
