@@ -740,30 +740,27 @@ def option_question(rng):
 
 
 def drill(rng):
-    """Four lists of options, each with four labels and their letters: the densest practice in binding.
+    """A list of options, and eight of its labels with their letters: dense practice in binding -> two texts.
 
-    After "A. white", "B. blue": "blueB", then other labels at growing distances from their letters. Short
-    labels, and a letter right beside its label, are learned first; the longer look-ups build on that.
+    After "A. white", "B. blue": "blueB", then labels at growing distances from their letters. Colours, and a
+    letter right beside its label, are learned first; longer labels and distances build on that.
     """
-    parts, gaps = [], ("", "\n", ".\nIt stands at\n", " fits, so this is the one to choose:\n")
-    for number in range(4):
-        labels = [*COLOURS] if number < 3 else [*COLOURS, *MOVES, *DIRECTIONS]
-        text, lettered, _ = spell(rng, "", rng.permutation(labels)[:4].tolist())
-        asked = rng.choice(list(lettered), 4)
-        found = [f"{lettered[letter]}{gap}{letter}" for letter, gap in zip(asked, gaps)]
-        parts.append("\n".join([text.strip(), *found]))
-    return "\n\n".join(parts)
+    labels = list(COLOURS) if rng.random() < 0.2 else [*MOVES, *DIRECTIONS]
+    options = rng.permutation(labels)[:4].tolist() if rng.random() < 0.6 else option_question(rng)
+    question, lettered, _ = spell(rng, "Write labels and find their letters.", options)
+    gaps = ("", "\n", ".\nIt stands at\n", " fits, so this is the one to choose:\n")
+    asked = zip(rng.choice(list(lettered), 8), gaps * 2)
+    return question, "\n".join(f"{lettered[letter]}{gap}{letter}" for letter, gap in asked)
 
 
 def option_row(split, number):
     """A text-only row: a question that names the option to pick, or a drill if its number is odd."""
     rng = np.random.default_rng([SEED, SPLITS.index(split), number, 1])
-    subtask, question, thought = "drill", "Write options and find their letters.", ""
+    subtask, thought, (question, answer) = "drill", "", drill(rng)
     if number % 2 == 0:
         subtask, (label, *others) = "options", option_question(rng)
         question, _, key = spell(rng, f'Pick the option that says "{label}".', [label, *others])
-        thought = pick(rng, PHRASES["options"]["end"], label=label)
-    answer = f"{key}. {label}" if subtask == "options" else drill(rng)
+        thought, answer = pick(rng, PHRASES["options"]["end"], label=label), f"{key}. {label}"
     text = f"<think>{thought}</think>\n<answer>{answer}</answer>"
     row = base_row({"name": f"{split}_text"}, f"{number:06d}", question, text, subtask)
     return {"row": row, "label": subtask}

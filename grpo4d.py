@@ -58,7 +58,7 @@ MICRO_BATCH = 4  # questions of one forward pass of the update on one device
 MU = 1  # updates on the same answers; beyond 1 the ratio leaves 1 and is clipped
 LR = 1e-4  # learning rate after warm-up (release: 1e-6 for the 3B model)
 WARMUP = 10  # steps of linear warm-up, constant from there
-WEIGHT_DECAY = 0.0
+WEIGHT_DECAY = 0.0  # (ours)
 CLIP = 1.0  # largest norm of the gradient (release)
 # --- RL
 G = 8  # answers to a question (release)
@@ -239,6 +239,7 @@ if __name__ == "__main__":
     for name, known in {"PREFIX": "shared rows", "KL": "k3 k1", "RESUME": "auto never"}.items():
         check(constants[name] in known.split(), f"{name}={constants[name]} is none of: {known}.")
     check(G >= 2, f"G={G}: an advantage is relative to other answers; set G to 2 or more.")
+    check(TEMPERATURE > 0, f"TEMPERATURE={TEMPERATURE} makes all answers one; set it above 0, such as 1.")
     check(GLOBAL_BATCH % world == 0, f"GLOBAL_BATCH={GLOBAL_BATCH} is no multiple of the {world} processes.")
     check(
         PREFIX == "rows" or not CHECKPOINTING, "CHECKPOINTING=True drops the prompt's cache; set PREFIX=rows."
@@ -258,8 +259,10 @@ if __name__ == "__main__":
     for name in kept_on_resume:
         same = run[name] == constants[name]
         check(same, f"OUT={OUT} holds a run with {name}={run[name]}; set another OUT, or RESUME=never.")
-    start, source = run["step"], run.get("reference_path") or str(newest_checkpoint(REFERENCE or MODEL))
-    parent = done[-1].parent if done else newest_checkpoint(MODEL)
+    start, begun = run["step"], run.get("start_path") or str(newest_checkpoint(MODEL))
+    source = run.get("reference_path") or (str(newest_checkpoint(REFERENCE)) if REFERENCE else begun)
+    came = {"start_path": begun, "reference_path": source}  # kept, for a run's folder may get a newer one
+    parent = done[-1].parent if done else begun
     core, reference = load_model(parent, device), load_model(source, device).requires_grad_(False)
     check(core.K, f"{parent} has no latents (latent_size 0); give a checkpoint of dift.py with K > 0.")
     shapes = [{name: tuple(x.shape) for name, x in m.net.state_dict().items()} for m in (core, reference)]
@@ -277,7 +280,7 @@ if __name__ == "__main__":
     if start:
         load_optimizer(parent, core, optimizer)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
-    scoring = {"how": {"max_new": MAX_NEW}, "rank": rank, "world": world}
+    scoring = {"how": {"max_new": MAX_NEW}, "rank": rank, "world": world, "resume": RESUME == "auto"}
 
     # log, and the scores before
     log = Path(OUT) / "log.jsonl"
@@ -290,8 +293,9 @@ if __name__ == "__main__":
     say(f"torch {torch.__version__}, transformers {transformers.__version__}, {count:.2f} M trained weights")
     say(" ".join(f"{name}={value}" for name, value in constants.items()))
     say("first question:", rows[0]["text_input"], f"key: {rows[0]['key']}", sep="\n")
+    first = reference if source == begun else load_model(begun, device)  # where the policy started
     before = {
-        name: evaluate.evaluate(reference, some, Path(OUT) / "before" / name, **scoring)
+        name: evaluate.evaluate(first, some, Path(OUT) / "before" / name, **scoring)
         for name, some in held_out.items()
     }
 
@@ -371,7 +375,7 @@ if __name__ == "__main__":
             say(shown(rows[mine[0]], groups[0][0], scored[0][0], rewards[0][0]))
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == STEPS:
             if rank == 0:
-                save_checkpoint(OUT, step + 1, core, constants | {"reference_path": source}, optimizer)
+                save_checkpoint(OUT, step + 1, core, constants | came, optimizer)
             if world > 1:
                 dist.barrier()
 

@@ -14,8 +14,8 @@ modules, which encode the video 8 times, window by window. Each forward makes lo
 at every position, as Qwen2_5_VLForConditionalGeneration.forward does unless told otherwise; while sampling,
 behind a key-value cache, that is all of the prompt once, then one position a step (the library's generate
 asks for the last position of the prompt alone: PROMPT_LOGITS=last). Then log_softmax and gather in float32,
-Eq. 10 by a mask, and layer-wise activation checkpointing in the policy's pass, as in bench_dift.py. Beyond
-that it keeps and copies no tensor of that size.
+Eq. 10 by a mask, and layer-wise activation checkpointing in the policy's pass, as in bench_dift.py; banned
+ids are masked in place, and logits are let go before the backward pass.
 
 Both ways replay the latents of their own rollout; their log-probabilities, losses and gradients are compared.
 The old log-probabilities are the reference's, which is the policy disturbed: so ratios differ from 1,
@@ -283,9 +283,17 @@ def compare(naive, ours):
 
 
 if __name__ == "__main__":
-    set_constants(globals())
+    constants = set_constants(globals())
     ways = {"naive": naive_phases, "ours": our_phases}
-    check(WAY in ("both", *ways), f"WAY={WAY} is none of: both naive ours.")
+    for name, known in {
+        "WAY": "both naive ours",
+        "PREFIX": "shared rows",
+        "PROMPT_LOGITS": "all last",
+    }.items():
+        check(constants[name] in known.split(), f"{name}={constants[name]} is none of: {known}.")
+    check(
+        PREFIX == "rows" or not CHECKPOINTING, "CHECKPOINTING=True drops the prompt's cache; set PREFIX=rows."
+    )
     check(NEW >= 8 * (bench_dift.K + 2) and G >= 2, f"NEW={NEW} G={G}: too few for latent blocks in groups.")
     if JSON:
         print(json.dumps(measure(ways[WAY])))

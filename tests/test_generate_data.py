@@ -386,20 +386,19 @@ def test_option_rows_are_answered():
         assert gd.option_row("pretrain", number + 1)["row"]["subtask"] == "drill"
 
 
-def test_a_drill_names_the_letters_of_its_own_options():
-    """Four lists; after each, four labels with their letters, at growing distances."""
+def test_a_drill_names_the_letters_of_its_options():
+    """Eight labels of the list with their letters, at growing distances."""
     seen = set()
-    for number in range(40):
-        lists = gd.drill(np.random.default_rng(number)).split("\n\n")
-        assert len(lists) == 4
-        for lines in (part.split("\n") for part in lists):
-            options, found = lines[:4], lines[4:]
-            assert len(options) == len(set(options)) == 4 and len(found) == 8
-            glued, *near, label, words, far, longest, last = found
-            pairs = [(glued[-1], glued[:-1]), (near[1], near[0]), (far, label.removesuffix("."))]
+    for number in range(60):
+        question, answer = gd.drill(np.random.default_rng(number))
+        options = question.split("\n\n")[1].split("\n")
+        assert len(options) == len(set(options)) == 4
+        for glued, label, letter, far, _, letter_far, longest, last in zip(*[iter(answer.split("\n"))] * 8):
+            pairs = [(glued[-1], glued[:-1]), (letter, label), (letter_far, far.removesuffix("."))]
             pairs.append((last, longest.removesuffix(" fits, so this is the one to choose:")))
-            assert words == "It stands at" and all(f"{letter}. {name}" in options for letter, name in pairs)
+            assert all(f"{letter}. {name}" in options for letter, name in pairs)
             seen |= {letter for letter, _ in pairs}
+        assert len(answer.split("\n")) == 16
     assert seen == set("ABCD")
 
 

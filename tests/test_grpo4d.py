@@ -555,7 +555,7 @@ def test_answers_without_imagery_can_be_scored(policy, reference, images, rollou
     plain = [made for group in rollout[1] for made in group if not made["cut"] and not len(made["latents"])]
     groups = [[plain[0]] * G]
     losses = [update(policy, reference, images, rollout[0][:1], groups, p)[0] for p in ("shared", "rows")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and losses[0] != 0
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] != 0
 
 
 # ---------------------------------------------------------------- the log
@@ -635,17 +635,9 @@ evaluate.parse_answer = lambda text, letters="ABCDEF": letters[len(text) % len(l
 def words(world, out, *more):
     """The command of a small run; later words win."""
     base = [f"MODEL={world / 'dift'}", f"REFERENCE={world / 'other'}", f"DATA={world / 'rl.jsonl'}"]
-    base += [
-        f"OUT={out}",
-        "HOLDOUT=",
-        "SINGLES=",
-        "STEPS=2",
-        "GLOBAL_BATCH=4",
-        "G=3",
-        "MAX_NEW=20",
-        "WARMUP=1",
-    ]
-    return [*base, f"TEMPERATURE={HOT}", "BETA=0.5", "CLIP=100", "SEED=2", "SAMPLE_EVERY=0", *more]
+    base += [f"OUT={out}", "HOLDOUT=", "SINGLES=", "STEPS=2", "GLOBAL_BATCH=4", "G=3", "MAX_NEW=20"]
+    base += [f"TEMPERATURE={HOT}", "BETA=0.5", "LR=5e-5", "WARMUP=1", "CLIP=100", "SEED=2", "SAMPLE_EVERY=0"]
+    return [*base, *more]
 
 
 def train(world, out, *more):
@@ -674,6 +666,7 @@ def assert_equal_runs(mine, theirs):
     assert mine[1].keys() == theirs[1].keys()
     for name, weight in mine[1].items():
         assert torch.allclose(weight, theirs[1][name], atol=1e-5), name
+        assert (weight - theirs[1][name]).abs().mean() < 1e-6, name  # two steps of 5e-5
 
 
 @pytest.fixture(scope="module")
@@ -688,7 +681,7 @@ def test_a_step_trains_the_text_and_leaves_vision_alone(world, plain):
     assert before.keys() == weights.keys()
     for name, weight in weights.items():
         assert torch.equal(weight, before[name]) is ("visual" in name), name
-    assert [entry["step"] for entry in log] == [1, 2] and log[0]["lr"] == log[1]["lr"] == 1e-4
+    assert [entry["step"] for entry in log] == [1, 2] and log[0]["lr"] == log[1]["lr"] == 5e-5
     for entry in log:
         assert all(math.isfinite(value) for value in entry.values())
         assert entry["reward"] == pytest.approx(entry["acc"] + 0.2 * entry["fmt"]) and entry["acc"] > 0
@@ -721,20 +714,23 @@ def test_two_updates_of_a_rollout_equal_a_naive_loop(world, tmp_path, monkeypatc
         return rollouts[-1]
 
     monkeypatch.setattr(model_py, "generate", counted)
-    more = ["MU=2", "STEPS=1", "GLOBAL_BATCH=2", "MICRO_BATCH=1", f"LR={lr}"]
-    (entry,), weights = train(world, tmp_path / "run", *more)
+    more = ["MU=2", "STEPS=1", "MICRO_BATCH=3", "EPSILON=0.15", "W_ACC=2", f"LR={lr}"]
+    (entry,), _ = train(world, tmp_path / "run", *more)
     assert len(rollouts) == 1  # one prefill and one rollout for both updates
 
     policy, reference = load_model(world / "dift"), load_model(world / "other").requires_grad_(False)
     policy.net.model.visual.requires_grad_(False)
     rows = read_rows(world / "rl.jsonl")
-    chosen = rows_of_step(0, len(rows), 2, seed=2)
+    chosen = rows_of_step(0, len(rows), 4, seed=2)
     made, prompts = rollouts[0], [encode_row(policy, rows[index], answer=False) for index in chosen]
-    assert {answer["cut"] for answer in made} == {True, False}
+    assert {(answer["cut"], len(answer["latents"]) > 0) for answer in made} >= {(True, True), (False, True)}
+    generators = [dice(2, 0, index, number) for index in chosen for number in range(3)]
+    same = real(policy, prompts, 20, temperature=HOT, generators=generators)
+    assert [answer["ids"] for answer in same] == [answer["ids"] for answer in made]
     keys = [rows[index]["key"] for index in chosen for _ in range(3)]
-    rewards = [float("ABCD"[len(answer["text"]) % 4] == key) for answer, key in zip(made, keys)]
+    rewards = [2.0 * ("ABCD"[len(answer["text"]) % 4] == key) for answer, key in zip(made, keys)]
     A = []
-    for group in (rewards[:3], rewards[3:]):
+    for group in (rewards[at : at + 3] for at in range(0, 12, 3)):
         A += [(r - statistics.mean(group)) / (statistics.stdev(group) + 1e-4) for r in group]
     assert len(set(A)) >= 2
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr, weight_decay=0.0)
@@ -752,29 +748,32 @@ def test_two_updates_of_a_rollout_equal_a_naive_loop(world, tmp_path, monkeypatc
                 ).tolist()
             for t in range(len(logp)):
                 rho, d = (logp[t] - old[i][t]).exp(), ref[i][t] - logp[t]
-                gain = torch.minimum(rho * A[i], rho.clamp(0.8, 1.2) * A[i])
-                loss -= (gain - 0.5 * (d.exp() - d - 1)) / len(logp) / 6
+                gain = torch.minimum(rho * A[i], rho.clamp(0.85, 1.15) * A[i])
+                loss -= (gain - 0.5 * (d.exp() - d - 1)) / len(logp) / 12
                 ratios.append(rho.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert entry["loss"] == pytest.approx(sum(losses) / 2, abs=1e-4)
-    assert (
-        entry["ratio"] == pytest.approx(statistics.mean(ratios), abs=1e-4) and abs(entry["ratio"] - 1) > 1e-3
-    )
-    clipped = sum(abs(ratio - 1) > 0.2 for ratio in ratios)
+    assert entry["reward"] == pytest.approx(statistics.mean(rewards))
+    assert entry["ratio"] == pytest.approx(statistics.mean(ratios), abs=1e-4)
+    clipped = sum(abs(ratio - 1) > 0.15 for ratio in ratios)
     assert entry["clip"] == pytest.approx(clipped / len(ratios)) and clipped > 0
+    start, trained = (load_model(path).net.state_dict() for path in (world / "dift", tmp_path / "run"))
     for name, weight in policy.net.state_dict().items():
-        if name in weights:
-            print(name, (weight - weights[name]).abs().max())
+        if "visual" not in name:  # where a gradient is next to nothing, AdamW makes much of its rounding
+            assert (weight - trained[name]).abs().mean() < 1e-6 < 1e-4 < (weight - start[name]).abs().mean()
 
 
-def test_without_replay_a_run_scores_other_numbers(world, tmp_path, plain):
-    """The same answers, the same rewards; what the log calls entropy and KL is of another input."""
-    (entry,), _ = train(world, tmp_path / "run", "LATENT_REPLAY=False", "STEPS=1")
-    assert entry["reward"] == plain[0][0]["reward"] and entry["length"] == plain[0][0]["length"]
-    assert abs(entry["entropy"] - plain[0][0]["entropy"]) > 0.01
+@pytest.mark.parametrize("change, other", [("LATENT_REPLAY=False", "entropy"), ("KL=k1", "kl")])
+def test_ablations_change_the_update_alone(world, tmp_path, plain, change, other):
+    """The same answers and rewards; without replay what is scored reads another input."""
+    (entry,), _ = train(world, tmp_path / "run", change, "STEPS=1")
+    for name in ("reward", "length", "blocks", "cut"):
+        assert entry[name] == plain[0][0][name]
+    assert abs(entry[other] - plain[0][0][other]) > 0.01 and abs(entry["loss"] - plain[0][0]["loss"]) > 1e-3
+    assert (entry["entropy"] == pytest.approx(plain[0][0]["entropy"])) is (other == "kl")
 
 
 def test_a_run_ends_with_scores_before_and_after(world, tiny, tmp_path, monkeypatch, capsys):
@@ -786,15 +785,11 @@ def test_a_run_ends_with_scores_before_and_after(world, tiny, tmp_path, monkeypa
     said = capsys.readouterr().out
     assert "LR=0.001" in said and f"torch {torch.__version__}" in said and "first question:" in said
     assert said.count("\nstep ") == 3 and said.count("\n--- ") == 3 and "{imagery x 4}" in said
-    assert "HOLDOUT after 2 steps: " in said and [("holdout" in entry) for entry in whole] == [
-        False,
-        True,
-        False,
+    assert "HOLDOUT after 2 steps: " in said and [entry["step"] for entry in whole if "holdout" in entry] == [
+        2
     ]
     table = said[said.index("before %") :]
-    assert (
-        "compound, all" in table and "single, all" in table and "turn_0" in table and "camera_single" in table
-    )
+    assert all(name in table for name in ("compound, all", "single, all", "turn_0", "camera_single"))
     for part in ("compound", "single"):
         for moment in ("before", "after"):
             summary = json.loads((tmp_path / "whole" / moment / part / "summary.json").read_text())
@@ -825,11 +820,23 @@ def test_a_run_ends_with_scores_before_and_after(world, tiny, tmp_path, monkeypa
     assert again == whole
     assert all(torch.equal(weight, weights[name]) for name, weight in resumed.items())
     names = [f"step_000003/{name}.safetensors" for name in ("model", "optimizer")]
-    names += [
-        f"{moment}/{part}/results.jsonl" for moment in ("before", "after") for part in ("compound", "single")
-    ]
+    names += [f"{moment}/compound/results.jsonl" for moment in ("before", "after")]
     for name in names:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_scores_before_are_the_policys(world, tmp_path):
+    """Not the reference's; a run that starts afresh in the same folder scores its own policy again."""
+    rows, texts = read_rows(world / "held.jsonl"), []
+    for name, other in (("dift", "other"), ("other", "dift")):
+        more = [f"MODEL={world / name}", f"REFERENCE={world / other}", f"HOLDOUT={world / 'held.jsonl'}"]
+        train(world, tmp_path / "run", *more, "STEPS=1", "GLOBAL_BATCH=1", "RESUME=never")
+        lines = (tmp_path / "run" / "before" / "compound" / "results.jsonl").read_text().splitlines()
+        model = load_model(world / name)
+        greedy = generate(model, [encode_row(model, row, answer=False) for row in rows], 20)
+        assert [json.loads(line)["text"] for line in lines] == [made["text"] for made in greedy]
+        texts.append([made["text"] for made in greedy])
+    assert texts[0] != texts[1]
 
 
 PAIR = """
@@ -862,7 +869,7 @@ def pair(world, rollout, tmp_path_factory):
     (folder / "pair.py").write_text(PAIR.format(fake=FAKE, max_new=MAX_NEW, hot=HOT))
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run += [str(folder / "pair.py"), str(world), json.dumps(numbers)]
-    run += words(world, folder / "run", "MICRO_BATCH=1")
+    run += words(world, folder / "run", "MICRO_BATCH=1", f"HOLDOUT={world / 'held.jsonl'}")
     done = subprocess.run(run, cwd=ROOT, env=one_thread(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder / "run", numbers, done.stdout
@@ -870,7 +877,7 @@ def pair(world, rollout, tmp_path_factory):
 
 def test_two_processes_equal_one(pair, plain):
     out, _, said = pair
-    assert said.count("2 x cpu") == 1 and said.count("| reward ") == 2  # one process speaks
+    assert said.count("2 x cpu") == 1 and said.count("| reward ") == said.count("compound, all") + 1 == 2
     assert_equal_runs(result_of(out), plain)
 
 
@@ -903,6 +910,7 @@ def test_the_folder_of_another_run_is_refused(world, tmp_path):
     "change, said",
     [
         (["G=1"], "G=1"),
+        (["TEMPERATURE=0"], "TEMPERATURE=0"),
         (["PREFIX=share"], "PREFIX=share"),
         (["KL=k2"], "KL=k2"),
         (["RESUME=yes"], "RESUME=yes"),
