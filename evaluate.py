@@ -269,10 +269,10 @@ def bench_row(bench, raw, path, number):
     check(isinstance(raw, dict), f"{where}: an entry must be an object, got {raw!r}.")
     raw = {BENCHES["columns"].get(name, name): value for name, value in raw.items() if value is not None}
     missing = ", ".join(name for name in BENCHES["needs"][bench] if name not in raw)
-    check(not missing, f"{where}: there is no {missing}; is this a file of BENCH={bench}?")
+    check(not missing, f"{where}: there is no {missing}, so it is no row of BENCH={bench}.")
     kind, video = place(bench, raw, path)
     subtask = BENCHES["subtasks"][bench].get(kind)
-    check(subtask, f"{where}: '{kind}' is no kind of question of BENCH={bench}; is this its file?")
+    check(subtask, f"{where}: '{kind}' is no kind of question of BENCH={bench}.")
     options = parse_options(raw["options"])
     fine = 2 <= len(options) <= 6 and "ABCDEF".startswith("".join(options))
     check(fine, f"{where}: a question has 2 to 6 options, this one has {raw['options']!r}.")
@@ -285,7 +285,7 @@ def bench_row(bench, raw, path, number):
 
 
 def read_bench(bench, data):
-    """The rows of a benchmark's files, in order, or those of generate_data.py; data: its folder, or one file."""
+    """The rows of a benchmark's files, or of generate_data.py, in order; data: the folder, or one file."""
     if bench == "toy":
         return read_rows(data if data.endswith(".jsonl") else Path(data) / "test_imagery.jsonl")
     check(bench in BENCHES["files"], f"BENCH={bench} is none of toy, {', '.join(BENCHES['files'])}.")
@@ -771,7 +771,8 @@ def draw(model, rows, out, log="", samples=8):
     truth = functools.cache(lambda i: true_latents(model, rows[i], images))
     answers = [answer(model, rows, [i], how, truth, images)[0] for i in chosen]
     drawn = [depict(model, rows, result, how, truth, images) for result in answers]
-    picture([drawn[0], drawn[-1]]).save(out / "picture.png")
+    if how["video"] != "none":
+        picture([drawn[0], drawn[-1]]).save(out / "picture.png")
     for file in sorted(out.parent.glob(f"{out.name}_*/summary.json")):
         summary["scores"][file.parent.name] = json.loads(file.read_text(encoding="utf-8"))["scores"]["micro"]
     write(out / "report.html", report(summary, drawn, read_lines(log) if log else []))
