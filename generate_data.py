@@ -50,7 +50,7 @@ RL_TRAIN_CLIPS = 1500  # clips of rl_train.jsonl (ours)
 RL_TEST_CLIPS = 250  # clips of rl_test.jsonl (ours)
 PRETRAIN_CLIPS = 0  # clips of pretrain.jsonl; 0: no pretraining files (ours)
 PRETRAIN_TEST_CLIPS = 200  # clips of pretrain_test.jsonl, and its option rows (ours)
-OPTION_ROWS = 20000  # text-only "pick the option" rows, every other one with five questions (ours)
+OPTION_ROWS = 24000  # text-only "pick the option" rows: one question, five, or a drill, by turns (ours)
 THINGS = (3, 5)  # fewest and most things of one "track" row (ours)
 P_TRACK = (1.0, 1.0, 1.0, 0.4)  # chances of a clip's pretraining rows: words, words, pixels, colour (ours)
 P_OBJECT_CLIP = 0.5  # share of clips asked about objects; the others are asked about the camera (ours)
@@ -740,17 +740,35 @@ def option_question(rng):
     return draw_options(rng, kind, str(rng.choice(VOCABULARY[kind])))
 
 
+def drill(rng):
+    """Five lists of options, each with two of its labels and their letters: the densest practice in binding.
+
+    After "A. white", "B. blue": "blueB" or, in two lines, "blue", "B". Side by side is the step that is
+    learned first; the others build on it.
+    """
+    easy, parts = [*COLOURS, *MOVES, *DIRECTIONS], []
+    for number in range(5):
+        options = option_question(rng) if number % 2 else rng.permutation(easy)[:4].tolist()
+        text, lettered, _ = spell(rng, "", options)
+        asked = rng.permutation(list(lettered))[:2]
+        found = [f"{lettered[letter]}{gap}{letter}" for letter, gap in zip(asked, ("", "\n"))]
+        parts.append("\n".join([text.strip(), *found]))
+    return "\n\n".join(parts)
+
+
 def option_row(split, number):
-    """A text-only row that names the option to pick: one question, or five in a row if its number is odd."""
+    """A text-only row: "pick the option that says", one question or five in a row, or a drill, by turns."""
     rng = np.random.default_rng([SEED, SPLITS.index(split), number, 1])
-    asked, parts, answers = [option_question(rng) for _ in range(5 if number % 2 else 1)], [], []
+    subtask = ("options", "options5", "drill")[number % 3]
+    asked, parts, answers = [option_question(rng) for _ in range(5 if subtask == "options5" else 1)], [], []
     for n, options in enumerate(asked, 1):
         text, _, key = spell(rng, f'Pick the option that says "{options[0]}".', options)
         parts.append(text if len(asked) == 1 else f"{n}. {text}")
         answers.append(f"{key}. {options[0]}" if len(asked) == 1 else f"{n} {key}. {options[0]}")
-    thought = pick(rng, PHRASES["options"]["end"], label=asked[0][0]) if len(asked) == 1 else ""
+    thought = pick(rng, PHRASES["options"]["end"], label=asked[0][0]) if subtask == "options" else ""
+    if subtask == "drill":
+        parts, answers = ["Write options and find their letters."], [drill(rng)]
     text = f"<think>{thought}</think>\n<answer>" + "\n".join(answers) + "</answer>"
-    subtask = "options" if len(asked) == 1 else "options5"
     row = base_row({"name": f"{split}_text"}, f"{number:06d}", "\n\n".join(parts), text, subtask)
     return {"row": row, "label": subtask}
 

@@ -677,8 +677,7 @@ def generate(
         block = block + starts
         left = torch.where(starts, model.K, torch.where(left >= 0, left - 1, left))
         done = done | ((token == ids["im_end"]) & ~inside & ~ending)
-        busy = int((~done).sum())
-        busy = all_sum([busy], device)[0] if sync else busy
+        busy = all_sum([(~done).sum()], device)[0] if sync else not done.all()
         if not busy or step == max_new - 1:
             break
         is_real = torch.cat([is_real, ~done[:, None]], dim=1)
@@ -786,11 +785,9 @@ def save_checkpoint(out, step, model, run, optimizer=None, keep=2):
 
 def optimizer_tensors(model, optimizer):
     """AdamW's moments and step counts by parameter name: {"<name>.exp_avg": tensor, ...}."""
-    tensors = {}
-    for name, parameter in model.net.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}.{key}"] = value.cpu().contiguous()
-    return tensors
+    states = {name: optimizer.state.get(x, {}) for name, x in model.net.named_parameters()}
+    parts = ((f"{name}.{key}", x) for name, state in states.items() for key, x in state.items())
+    return {name: x.cpu().contiguous() for name, x in parts}
 
 
 def load_optimizer(folder, model, optimizer):
@@ -826,3 +823,7 @@ def make_tiny(out, data, config="assets/tiny/config.json", vocab=1024, seed=0):
     net = QwenVL._from_config(config, attn_implementation="sdpa")
     net.save_pretrained(out)
     tok.save_pretrained(out)
+    file = Path(out) / "tokenizer.json"
+    table = json.loads(file.read_text())  # "<answer>A" must hold the token "A" of the option lines, not ">A"
+    table["model"]["merges"] = [x for x in table["model"]["merges"] if not re.match(">[A-F]", "".join(x))]
+    file.write_text(json.dumps(table))

@@ -377,15 +377,34 @@ def test_rejected_rows_are_made_again_and_then_dropped():
 
 def test_option_rows_are_answered():
     """The text-only rows hold one or five questions, each answer is the option that was asked for."""
-    for number in range(40):
+    for number in range(60):
         row = gd.option_row("pretrain", number)["row"]
         asked = re.findall(r'says "(.*)"\.', row["text_input"])
         answers = re.search("<answer>(.*)</answer>", row["text_output"], flags=re.S)[1].split("\n")
-        assert len(asked) == len(answers) == (5 if number % 2 else 1) and row["image_input"] == []
+        assert row["subtask"] == ("options", "options5", "drill")[number % 3] and row["image_input"] == []
+        if row["subtask"] == "drill":
+            continue
+        five = row["subtask"] == "options5"
+        assert len(asked) == len(answers) == (5 if five else 1)
         blocks = row["text_input"].split("\n\n")[1::2]
         for n, (label, answer, block) in enumerate(zip(asked, answers, blocks), 1):
-            answer = answer.removeprefix(f"{n} ") if number % 2 else answer
+            answer = answer.removeprefix(f"{n} ") if five else answer
             assert answer.endswith(". " + label) and answer in block.split("\n")
+
+
+def test_a_drill_names_the_letters_of_its_own_options():
+    """Five lists; after each, one label with its letter side by side and another one in two lines."""
+    seen = set()
+    for number in range(40):
+        lists = gd.drill(np.random.default_rng(number)).split("\n\n")
+        assert len(lists) == 5
+        for lines in (part.split("\n") for part in lists):
+            *options, glued, label, letter = lines
+            assert len(options) == len(set(options)) == 4
+            assert f"{glued[-1]}. {glued[:-1]}" in options and f"{letter}. {label}" in options
+            assert letter != glued[-1]
+            seen.add(letter)
+    assert seen == set("ABCD")
 
 
 # ---------------------------------------------------------------- files
@@ -407,10 +426,11 @@ def test_rows_of_the_three_forms_ask_the_same(folder):
 
 def test_files_are_read_by_the_other_stages(folder):
     """read_rows takes every jsonl, so the images exist; frames are of SIZE; meta.json counts right."""
+    no_key = ("grounding", "fine", "options5", "drill")
     for path in sorted(folder.glob("*.jsonl")):
         for row in read_rows(path):
             assert len(row["times"]) == len(row["image_input"])
-            assert row["key"] in row["options"] or row["subtask"] in ("grounding", "fine", "options5")
+            assert row["key"] in row["options"] or row["subtask"] in no_key
     row = read_rows(folder / "train_imagery.jsonl")[0]
     assert Image.open(row["image_input"][0]).size == (gd.SIZE, gd.SIZE)
     assert row["text_output"].count("<output_image>") == len(row["image_output"])

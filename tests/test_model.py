@@ -1344,6 +1344,8 @@ def test_a_tiny_network_is_reproducible_and_speaks_its_data(tiny, rows, tmp_path
     tok = AutoTokenizer.from_pretrained(tiny / "base")
     assert tok.decode(tok(rows[0]["text_output"])["input_ids"]) == rows[0]["text_output"]
     assert len(tok("<|im_start|><|video_pad|><|vision_end|>")["input_ids"]) == 3
+    for text in ("\nB. Pan Right", "<answer>B. Pan Right"):  # one token for a letter, wherever it stands
+        assert "B" in tok.tokenize(text)
     config = json.loads((tiny / "base" / "config.json").read_text())
     assert config["video_token_id"] == tok.convert_tokens_to_ids("<|video_pad|>")
     assert F.one_hot(torch.tensor(tok("é 字")["input_ids"])).sum() > 2  # any text has tokens
