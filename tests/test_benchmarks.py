@@ -139,6 +139,17 @@ def test_dsr_options_answers_and_order(tmp_path):
     assert [row["text_input"] for row in again] == [row["text_input"] for row in rows]
 
 
+def test_parquet_goes_through_pyarrow(tmp_path, monkeypatch):
+    """pyarrow is not among the requirements: a stand-in gives the rows as pyarrow's to_pylist does."""
+    rows = list(json.loads(dsr_file(tmp_path).read_text()).values())
+    (tmp_path / "benchmark.parquet").write_bytes(b"PAR1")
+    table = type("Table", (), {"to_pylist": lambda self: rows})
+    stand_in = type("Parquet", (), {"read_table": lambda self, path: table()})
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: True)
+    monkeypatch.setattr(evaluate, "import_module", lambda name: stand_in())
+    assert [row["key"] for row in evaluate.read_bench("dsr", str(tmp_path))] == ["A", "B", "C", "B", "D", "A"]
+
+
 def test_vlm4d_keys_paths_and_kinds(tmp_path):
     rows = evaluate.read_bench("vlm4d", str(vlm4d_files(tmp_path)))
     assert [row["key"] for row in rows] == ["B", "B", "AC", "D", "A", "A"]
