@@ -1,79 +1,87 @@
 """Scoring (paper Sec. 4): answers held-out questions greedily, counts, and draws what the model imagined.
 
-In:  a checkpoint of dift.py or grpo4d.py (MODEL), and rows of generate_data.py (DATA).
+In:  a checkpoint of dift.py or grpo4d.py (MODEL), and rows of generate_data.py or a benchmark's files (DATA).
 Out: OUT/results.jsonl (a line per question, written as they finish; a rerun goes on where it stopped),
      OUT/settings.json, OUT/summary.json, OUT/picture.png, OUT/report.html
 
     python evaluate.py MODEL=out/dift                                      # laptop
-    python evaluate.py MODEL=out/dift BATCH=256                            # one GPU
+    python evaluate.py MODEL=out/dift BENCH=dsi DATA=metadatas VIDEOS=videos FPS=5 BATCH=16    # one GPU
     torchrun --nproc_per_node=2 evaluate.py MODEL=out/dift LATENTS=zero    # two processes, and a control
+    python evaluate.py ASK="How does it move?" VIDEO_FILE=x.mp4 OPTIONS="left|right"     # one question
 
 Differs from the paper:
 - greedy, in a fixed order: a second run gives the same digits (release: temperature 0.7, top-p 0.9)
-- the parser is strict: one <answer> with a letter, or no answer (release: the first capital A-F anywhere)
+- the parser is strict: one <answer> with a letter, or no answer; the release's rule is counted beside it
+- benchmarks are scored by these two rules alone (VLM4D's authors: a language model judges)
+- a video's frames pass through JPEG (quality 95) on disk, as the frames of the release's training data
 - controls: no, another or a shuffled video; latents zeroed, noised, padded, swapped or true (ours)
 - retrieval@1 and the centred cosine say whether the imagined latents are the right ones (ours)
 """
 
+import ast
 import base64
+import contextlib
+import csv
 import functools
 import html
 import io
-import itertools
 import json
 import math
 import random
 import re
 import string
-import textwrap
 import zlib
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from model import (
-    Images,
-    check,
-    encode_row,
-    generate,
-    init_distributed,
-    load_model,
-    newest_checkpoint,
-    read_rows,
-    set_constants,
-    video_grid,
-)
+from model import Images, check, encode_row, generate, video_grid
+from model import init_distributed, load_model, newest_checkpoint, read_rows, set_constants
 
 # --- paths
 MODEL = "out/dift"  # run folder (its newest checkpoint is taken) or one checkpoint
-DATA = "out/toy"  # folder with test_imagery.jsonl, or one jsonl file
-OUT = ""  # "": MODEL's folder + /eval, and a suffix for each control, such as eval_video-none
+DATA = "out/toy"  # folder with test_imagery.jsonl, or one jsonl file; or a benchmark's folder or file
+VIDEOS = ""  # folder that the paths of a benchmark's videos start from
+OUT = ""  # "": a folder in MODEL's: eval, ask or the benchmark's name, and a suffix for each control
+CACHE = "out/frames"  # folder for the frames of decoded videos; may be deleted
 # --- data
+BENCH = "toy"  # toy | dsr | dyn | vlm4d | dsi
+FPS = 1.0  # frames a second of a video (release); DSI-Bench's authors take 5
+MAX_FRAMES = 50  # of a video, evenly spaced where there are more (release)
 LIMIT = 0  # questions, the first so many of the file; 0: all
 VIDEO = ""  # "" | none | other (another clip's frames) | shuffled (frames in another order) (ours)
+ASK = ""  # a question of your own about VIDEO_FILE, in place of all others
+VIDEO_FILE = ""  # a video that decord reads, or a folder of frame_* images
+OPTIONS = ""  # of ASK: "left|right", 2 to 6 of them
 # --- model
 LATENTS = ""  # "" | zero | noise | pad | swap (another question's) | oracle (true): what is fed (ours)
 MAX_NEW = 512  # new positions of an answer at most, latents included
+TEMPERATURE = 0.0  # 0: greedy; 0.7 (release)
+TOP_P = 1.0  # share of the probability that is sampled from; 0.9 (release)
+SECONDS_PER_PAIR = None  # None: the checkpoint's own; 2.0: as the release evaluates
+SUFFIX = ""  # instruction after the question; "": the checkpoint's own
 # --- logging
 SAMPLES = 8  # answers drawn in the report
 # --- system
 BATCH = 64  # questions answered at once
 RESUME = True  # False: answer all again
-SEED = 0  # of VIDEO=other and shuffled, LATENTS=noise and swap
+SEED = 0  # of sampling, VIDEO=other and shuffled, LATENTS=noise and swap
 
 CONTROLS = {"VIDEO": "none other shuffled".split(), "LATENTS": "zero noise pad swap oracle".split()}
 PLAIN = {"video": "", "latents": "", "max_new": 512, "batch": 64, "seed": 0}  # how evaluate asks unless told
-GROUPS = {"camera (both)": ("camera_single", "camera_pair")}  # subtasks that are also counted together
-CURVES = "loss ce sim cosine retrieval gnorm lr".split()  # fields of log.jsonl that the report draws
-CURVES += "reward acc fmt holdout length kl entropy".split()  # and of 4DRL
+PLAIN |= {"temperature": 0.0, "top_p": 1.0, "fps": 1.0, "max_frames": 50}
+BENCHES = json.loads((Path(__file__).parent / "assets" / "benchmarks.json").read_text(encoding="utf-8"))
+CURVES = "loss ce sim cosine retrieval gnorm lr reward acc fmt holdout length kl entropy".split()  # drawn
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 FILM, HEAT = 194, 128  # pixels: width of a film frame and of a heat map
 FRAMES, PAIRS = 8, 4  # film frames and heat maps drawn at most, evenly spaced
-COLOURS = [(38, 12, 81), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]  # heat, low to high
+COLOURS = {"black": "#260c51", "mid": "#21918c", "white": "#fde725"}  # heat, low to high
 
 
 # ---------------------------------------------------------------- answers and counts
@@ -89,16 +97,33 @@ def parse_answer(text, letters="ABCDEF"):
     return letter if letter and letter in letters else None
 
 
+def release_answer(text, letters="ABCD"):
+    """Release: the first of the letters in <answer>, else in the whole text: "Analyzing" gives A; or "".
+
+    Its third try, without the latent tokens, cannot find more: they hold no capital.
+    """
+    text, openings = text.split("<|im_end|>")[0], "|".join(BENCHES["openings"])
+    tagged = re.search("<answer>(.*?)</answer>", text, flags=re.S | re.I)
+    parts = [re.sub(openings, "", part) for part in ([tagged[1], text] if tagged else [text])]
+    found = [letter for part in parts for letter in re.findall(f"[{letters}]", part)]
+    return found[0] if found else ""
+
+
 def judge(row, index, answer, K):
-    """What generate gave for a row -> its line of results.jsonl, and `latents` (n, K, D) of whole blocks."""
-    letter = parse_answer(answer["text"], "".join(row["options"]))
+    """What generate gave for a row -> its line of results.jsonl, and `latents` (n, K, D) of whole blocks.
+
+    `answer` and `correct` are by the strict rule, `pred` and `hit` by the release's.
+    """
+    letters, keys, text = "".join(row["options"]), list(row["key"] or ""), answer["text"]
+    letter, pred = parse_answer(text, letters), release_answer(text, f"ABCD{letters}")
     fed = answer["latents"].float().cpu()
     blocks = len(fed) // K if K else 0
     result = {"row": index, "where": Path(row["where"]).name, "id": row["id"], "subtask": row["subtask"]}
     result |= {"options": len(row["options"]), "key": row["key"], "answer": letter}
-    result |= {"correct": letter == row["key"], "cut": bool(answer["cut"]), "blocks": blocks}
-    result |= {"tokens": len(answer["ids"]), "text": answer["text"]}
-    return result | {"latents": fed[: blocks * K].view(blocks, K, fed.shape[-1])}
+    result |= {"correct": letter in keys, "pred": pred, "hit": int(pred in keys)}
+    result |= {"cut": bool(answer["cut"]), "blocks": blocks, "tokens": len(answer["ids"]), "text": text}
+    result |= row.get("told", {}) | {"latents": fed[: blocks * K].view(blocks, K, fed.shape[-1])}
+    return result
 
 
 def wilson(correct, n, z=1.959964):
@@ -117,22 +142,49 @@ def mean(values):
 
 
 def count(results):
-    """n, correct, accuracy, its interval, chance (mean of 1 / options) and retrieval@1 of some results."""
+    """n; strict: correct, accuracy, its interval; release: its share; chance (mean of 1 / options)."""
     n, correct = len(results), sum(result["correct"] for result in results)
     low, high = wilson(correct, n)
     score = {"n": n, "correct": correct, "accuracy": correct / max(n, 1), "low": low, "high": high}
+    score |= {"release": mean(result["hit"] for result in results), "note": ""}
     score["chance"] = mean(1 / result["options"] for result in results)
     score["retrieval"] = mean(block["retrieval"] for result in results for block in result["imagery"])
     return score
 
 
-def summarise(results, groups=GROUPS):
-    """Results -> scores by subtask, group and "micro"; macro (mean over subtasks); counts over answers."""
-    subtasks = sorted({result["subtask"] for result in results})
+def three_of_four(results):
+    """DSI-Bench: the four versions of a question (one `twin`) as one that is right where three are.
+
+    Not counted where a version is missing. Chance is that of three or four hits: 4p³(1 - p) + p⁴.
+    """
+    made = []
+    for twin in {result.get("twin") for result in results} - {None}:
+        four = [result for result in results if result.get("twin") == twin]
+        if len(four) == 4:
+            p, name = 1 / four[0]["options"], f"{four[0]['subtask']}, 3 of 4"
+            one = {rule: sum(result[rule] for result in four) >= 3 for rule in ("correct", "hit")}
+            made.append(one | {"subtask": name, "options": 1 / (p**3 * (4 - 3 * p)), "imagery": []})
+    return made
+
+
+def in_order(results):
+    """The subtasks of some results, in the order of their benchmark, else of the alphabet."""
+    known = [name for subtasks in BENCHES["subtasks"].values() for name in subtasks.values()]
+    names = {result["subtask"] for result in results}
+    return sorted(names, key=lambda name: (name in known and known.index(name), name))
+
+
+def summarise(results, groups=BENCHES["groups"]):
+    """Results -> scores by subtask, group and "micro"; macros (mean over subtasks); counts over answers."""
+    grouped = three_of_four(results)
+    subtasks, versions = in_order(results), in_order(grouped)
     parts = {name: (name,) for name in subtasks} | groups | {"micro": subtasks}
-    scores = {name: count([r for r in results if r["subtask"] in part]) for name, part in parts.items()}
-    summary = {"scores": {name: score for name, score in scores.items() if score["n"]}}
-    summary["macro"] = mean(scores[name]["accuracy"] for name in subtasks)
+    parts |= {name: (name,) for name in versions} | {"micro, 3 of 4": versions}
+    members = {name: [r for r in results + grouped if r["subtask"] in part] for name, part in parts.items()}
+    scores = {name: count(some) for name, some in members.items() if some}
+    summary = {"scores": scores, "macro": mean(scores[name]["accuracy"] for name in subtasks)}
+    summary["release_macro"] = mean(scores[name]["release"] for name in subtasks)
+    summary["differ"] = mean((r["answer"] or "") != r["pred"] for r in results)
     summary |= {"no_answer": sum(r["answer"] is None for r in results), "cut": sum(r["cut"] for r in results)}
     summary |= {name: mean(result[name] for result in results) for name in ("blocks", "tokens")}
     blocks = [block for result in results for block in result["imagery"]]
@@ -144,11 +196,151 @@ def summarise(results, groups=GROUPS):
 
 def describe(summary):
     """The part of a summary that is no table, as lines of text with the names of summary.json."""
-    names, imagery = ("macro", "no_answer", "cut", "blocks", "tokens"), dict(summary["imagery"])
-    lines = [", ".join(f"{name} {summary[name]:.4g}" for name in names)]
+    names, imagery = "macro release_macro differ no_answer cut blocks tokens", dict(summary["imagery"])
+    lines = [", ".join(f"{name} {summary[name]:.4g}" for name in names.split())]
     cosine = " ".join(f"{value:.3f}" for value in imagery.pop("cosine"))
     lines.append(", ".join(f"{name} {value:.4g}" for name, value in imagery.items() if value is not None))
     return [*lines, f"centred cosine per latent {cosine}"] if imagery["compared"] else lines[:1]
+
+
+# ---------------------------------------------------------------- benchmarks
+
+
+def read_table(path):
+    """A file's entries: parquet, csv, jsonl or json (a list, or a dict of them) -> [dict]."""
+    check(path.suffix != ".parquet" or find_spec("pyarrow"), f"{path} needs pyarrow: pip install pyarrow.")
+    try:
+        if path.suffix == ".parquet":
+            return import_module("pyarrow.parquet").read_table(path).to_pylist()
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                return list(csv.DictReader(file))
+            lines = path.suffix == ".jsonl"
+            entries = [json.loads(line) for line in file if line.strip()] if lines else json.load(file)
+    except ValueError as error:
+        check(False, f"{path} is no valid {path.suffix[1:]} file ({error}); download it again.")
+    return list(entries.values()) if isinstance(entries, dict) else entries
+
+
+def parse_options(value):
+    """Options in any shape -> {"A": "left", ...}: list, array, dict, text of one, "A: left; B: right"."""
+    with contextlib.suppress(AttributeError, ValueError, SyntaxError):  # else it is no text of a list or dict
+        value = ast.literal_eval(value.strip())
+    if isinstance(value, str):
+        value = dict(re.findall(r"\b([A-F]):\s*(.*?)\s*(?=;\s*[A-F]:|$)", value, flags=re.S))
+    pairs = value.items() if isinstance(value, dict) else zip("ABCDEFG", value)
+    return {str(key): re.sub(rf"^\(?{key}[.):]\s+", "", str(text)) for key, text in pairs}
+
+
+def find_keys(answer, options):
+    """All letters that are right, for an answer as text or letter: "left" or "A" -> "AC" if C says so too."""
+    texts = {letter: text.strip().lower() for letter, text in options.items()}
+    said = str(answer).strip()
+    named = re.match(r"\(?([A-F])(?=[.):]|$)", said.upper())
+    wanted = said.lower() if said.lower() in texts.values() else named and texts.get(named[1])
+    return "".join(letter for letter, text in texts.items() if text == wanted)
+
+
+def place(bench, raw, path):
+    """An entry's kind, which is a key of the benchmark's subtasks, and its video's path below VIDEOS."""
+    video = str(raw.get("video"))
+    if bench == "dsr":
+        return raw["type"].strip().lower(), f"{video.removesuffix('.mp4')}.mp4"
+    if bench == "dyn":
+        scene, _, kind = path.stem.rpartition("_")
+        return kind, f"{path.parent.name}/{scene}"
+    if bench == "vlm4d":
+        video = video.rpartition("resolve/main/")[2]
+        made_up = video.startswith("videos_synthetic/") and re.match("no( |$)", str(raw["answer"]).lower())
+        return "no" if made_up else str(Path(video).parent), video
+    return str(raw["type"]), f"{path.stem}/{video}"
+
+
+def ask_row(where, question, options):
+    """A question and its options {"A": "left", ...} -> a row without frames and without a key."""
+    text = "\n".join([f"{question}\n", *(f"{letter}. {text}" for letter, text in options.items())])
+    row = {"where": where, "id": where, "subtask": "asked", "key": None, "options": options, "video": where}
+    return row | {"text_input": text, "text_output": "", "image_output": [], "clip": where}
+
+
+def bench_row(bench, raw, path, number):
+    """An entry of a benchmark's file -> a row like read_rows', without frames; key: all right letters."""
+    where = f"{path}:{number}"
+    check(isinstance(raw, dict), f"{where}: an entry must be an object, got {raw!r}.")
+    raw = {BENCHES["columns"].get(name, name): value for name, value in raw.items() if value is not None}
+    missing = ", ".join(name for name in BENCHES["needs"][bench] if name not in raw)
+    check(not missing, f"{where}: there is no {missing}, so it is no row of BENCH={bench}.")
+    kind, video = place(bench, raw, path)
+    subtask = BENCHES["subtasks"][bench].get(kind)
+    check(subtask, f"{where}: '{kind}' is no kind of question of BENCH={bench}.")
+    options = parse_options(raw["options"])
+    fine = 2 <= len(options) <= 6 and "ABCDEF".startswith("".join(options))
+    check(fine, f"{where}: a question has 2 to 6 options, this one has {raw['options']!r}.")
+    key = find_keys(raw["answer"], options)
+    check(key, f"{where}: the answer {raw['answer']!r} is none of the options {options}.")
+    row = ask_row(where, raw["question"], options) | {"subtask": subtask, "key": key, "video": video}
+    row["told"] = {"index": number - 1, "video_id": video.removesuffix(".mp4"), "gt": key[0]}
+    row["told"] |= {"subtask_type": kind, "twin": number if bench == "dsi" else None}
+    return row | {"id": str(raw.get("id", where)), "clip": str(raw.get("video", video))}
+
+
+def read_bench(bench, data):
+    """The rows of a benchmark's files, or of generate_data.py, in order; data: the folder, or one file."""
+    if bench == "toy":
+        return read_rows(data if data.endswith(".jsonl") else Path(data) / "test_imagery.jsonl")
+    check(bench in BENCHES["files"], f"BENCH={bench} is none of toy, {', '.join(BENCHES['files'])}.")
+    names, whole = BENCHES["files"][bench], Path(data)
+    paths = [whole] if whole.is_file() else [p for name in names for p in sorted(whole.rglob(name))]
+    paths = [path for path in paths if "frame_sampling" not in path.name]  # Dyn-Bench's, no questions
+    check(paths, f"DATA={data} holds no {' or '.join(names)}; set it to the benchmark's folder or file.")
+    tables = [(path, number, raw) for path in paths for number, raw in enumerate(read_table(path), 1)]
+    return [bench_row(bench, raw, path, number) for path, number, raw in tables]
+
+
+def decode(video, fps, most):
+    """Frames of a video at 0, 1 / fps ... seconds, thinned to `most`: [(seconds, PIL image)]."""
+    check(find_spec("decord"), "Videos need decord: pip install decord==0.6.0, on ARM eva-decord.")
+    reader = import_module("decord").VideoReader(str(video))
+    times = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(float)
+    wanted = np.arange(times[0], times[-1] + 1e-6, 1 / fps)
+    taken = thin(np.unique(np.searchsorted(times, wanted - 1e-6)).tolist(), most)
+    return [(times[i], Image.fromarray(frame)) for i, frame in zip(taken, reader.get_batch(taken).asnumpy())]
+
+
+def sample_frames(video, root, cache, fps, most):
+    """A video's frames: [(file, seconds)], or why there are none, as text. Decoded once, kept in `cache`.
+
+    A folder counts as a video of its frame_* images, 1 / fps seconds apart (Dyn-Bench, which has no times).
+    """
+    path = Path(root) / video
+    if path.is_dir():
+        images = [(str(image), number / fps) for number, image in enumerate(sorted(path.glob("frame_*")))]
+        return thin(images, most) or f"{path} holds no frame_*"
+    if not path.is_file():
+        return f"there is no {path}"
+    facts = f"{video} {path.stat().st_size} {path.stat().st_mtime_ns} {fps} {most}"
+    folder = Path(cache).absolute() / f"{path.stem}_{zlib.crc32(facts.encode()):08x}"
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    if not folder.is_dir():
+        try:
+            frames = decode(path, fps, most)
+        except Exception as error:  # decord raises many kinds; each means that this file cannot be used
+            return f"{path} cannot be decoded ({type(error).__name__})"
+        unfinished.mkdir(parents=True, exist_ok=True)
+        for time, frame in frames:
+            frame.save(unfinished / f"{time:09.3f}.jpg", quality=95, subsampling=0)
+        unfinished.rename(folder)
+    return [(str(image), float(image.stem)) for image in sorted(folder.glob("*.jpg"))]
+
+
+def add_frames(rows, rank=0, world=1, **how):
+    """Gives rows their image_input and times, or `lost`, why they have none; processes share the decoding."""
+    videos = sorted({row["video"] for row in rows})[rank::world]
+    found = dict(gather([(video, sample_frames(video, **how)) for video in videos], world))
+    for row in rows:
+        frames = found[row["video"]]
+        row["lost"], frames = (frames, []) if isinstance(frames, str) else ("", frames)
+        row["image_input"], row["times"] = [path for path, _ in frames], [time for _, time in frames]
 
 
 # ---------------------------------------------------------------- controls
@@ -157,7 +349,8 @@ def describe(summary):
 def alike(rows, index):
     """Indices of the questions of a row's subtask on other clips."""
     clip, subtask = rows[index]["clip"], rows[index]["subtask"]
-    return [i for i, row in enumerate(rows) if row["subtask"] == subtask and row["clip"] != clip]
+    there = [i for i, row in enumerate(rows) if not row.get("lost")]
+    return [i for i in there if rows[i]["subtask"] == subtask and rows[i]["clip"] != clip]
 
 
 def other_clip(rows, index, seed):
@@ -170,11 +363,9 @@ def other_clip(rows, index, seed):
 def see(rows, index, video, seed):
     """The row as VIDEO shows it: without frames, with another clip's, or with its own in another order."""
     row, frames = rows[index], list(rows[index]["image_input"])
-    if video == "none":
-        return row | {"image_input": [], "times": []}
-    if video == "other":
-        other = rows[other_clip(rows, index, seed)]
-        return row | {"image_input": other["image_input"], "times": other["times"]}
+    if video in ("none", "other"):
+        other = rows[other_clip(rows, index, seed)] if video == "other" else {"image_input": [], "times": []}
+        return row | {name: other[name] for name in ("image_input", "times")}
     if video == "shuffled":
         check(len(set(frames)) > 1, f"{row['where']}: VIDEO=shuffled needs two frames or more; drop the row.")
         order = random.Random(f"{seed} {index}")
@@ -196,13 +387,11 @@ def make_feed(kind, names, tables, pad, K, seed):
             number = random.Random(f"{seed} {names[row]} {block} {k}").getrandbits(60)
             noise = torch.randn(len(hidden), generator=torch.Generator().manual_seed(number)).to(hidden)
             return noise * hidden.norm() / noise.norm()
-        if kind == "pad":
-            return pad.to(hidden)
         if kind == "swap" and len(tables[row]):
             return tables[row][block % len(tables[row]), k].to(hidden)
         if kind == "oracle":
             return tables[row][block, k].to(hidden) if block < len(tables[row]) else hidden
-        return torch.zeros_like(hidden)  # zero, and swap from an answer without imagery
+        return pad.to(hidden) if kind == "pad" else torch.zeros_like(hidden)  # also: no latents to swap in
 
     def feed(hidden, block, k):
         places = enumerate(zip(hidden, block.tolist(), k.tolist()))
@@ -281,11 +470,14 @@ def answer(model, rows, batch, how, truth, images=None):
         plain = answer(model, rows, donors, how | {"latents": ""}, truth, images)
         tables = [result["latents"] for result in plain]
     samples = [encode_row(model, see(rows, i, how["video"], how["seed"]), answer=False) for i in batch]
+    seeds = [random.Random(f"{how['seed']} {i}").getrandbits(60) for i in batch]  # not of their batch-mates
+    dice = [torch.Generator().manual_seed(seed) for seed in seeds]
     pad = model.net.get_input_embeddings().weight[model.ids["latent_pad"]]
     feed = make_feed(how["latents"], batch, tables, pad, model.K, how["seed"])
     device = model.banned.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        answers = generate(model, samples, how["max_new"], images=images, feed=feed)
+        sampling = (how["temperature"], how["top_p"], dice)
+        answers = generate(model, samples, how["max_new"], images, *sampling, feed=feed)
     return [judge(rows[i], i, given, model.K) for i, given in zip(batch, answers)]
 
 
@@ -305,13 +497,8 @@ def gather(mine, world):
 
 def read_lines(path):
     """The entries of a jsonl file; none if there is no file. A line that a kill cut short is left out."""
-    entries = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue
-    return entries
+    text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
 
 
 def to_lines(results):
@@ -329,7 +516,8 @@ def settings_of(model, rows, how):
     """What the answers in one folder share: weights (a sum over the first of each), questions, how."""
     weights = sum(weight.flatten()[0].item() for weight in model.net.state_dict().values())
     questions = zlib.crc32("".join(row["text_input"] for row in rows).encode())
-    same = {name: how[name] for name in ("video", "latents", "max_new", "seed")}
+    same = {name: value for name, value in how.items() if name != "batch"}
+    same |= {name: getattr(model.net.config, name) for name in ("prompt_suffix", "seconds_per_pair")}
     return {"weights": weights, "questions": questions, **same}
 
 
@@ -337,10 +525,9 @@ def open_folder(out, settings, resume, rank):
     """The results that `out` holds -> {index: result}; refuses other settings, drops a line cut short."""
     file = out / "settings.json"
     old = json.loads(file.read_text()) if resume and file.is_file() else {}
-    for name in old:
-        was, now = old[name], settings.get(name)
-        told = f"{file}: the answers there are of {name}={was!r}, this run has {now!r}"
-        check(was == now, f"{told}; set another OUT, or RESUME=False to answer all again.")
+    for name in settings if old else ():
+        told = f"{file}: the answers there are of {name}={old.get(name)!r}, this run has {settings[name]!r}"
+        check(old.get(name) == settings[name], f"{told}; set another OUT, or RESUME=False to answer again.")
     done = {result["row"]: result for result in read_lines(out / "results.jsonl")} if old else {}
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -356,9 +543,13 @@ def evaluate(model, rows, out=None, how=None, limit=0, resume=True, rank=0, worl
     A batch that a kill cut short is answered whole, so that each row keeps its batch-mates.
     """
     how, out = PLAIN | (how or {}), Path(out) if out else None
-    asked = range(min(limit or len(rows), len(rows)))
-    for row in rows[: len(asked)]:
-        check(row["key"] in row["options"], f"{row['where']}: no options with a key to score by; drop it.")
+    first = rows[: limit or None]
+    for row in first:
+        fine = row["key"] and set(row["key"]) <= set(row["options"])
+        check(fine, f"{row['where']}: no options with a key to score by; drop it.")
+    lost = [f"{row['where']}: {row['lost']}" for row in first if row.get("lost")]
+    asked = [i for i, row in enumerate(first) if not row.get("lost")]
+    check(asked, f"No question has a video; {lost[:1]}; set VIDEOS.")
     settings, was_training = settings_of(model, rows, how), model.training
     done = open_folder(out, settings, resume, rank) if out else {}
     todo = [batch for batch in plan(rows, asked, how["batch"]) if not done.keys() >= set(batch)]
@@ -378,6 +569,8 @@ def evaluate(model, rows, out=None, how=None, limit=0, resume=True, rank=0, worl
         say(f"evaluate {len(done):5d} | {100 * count(done.values())['accuracy']:5.1f} % right", flush=True)
     model.train(was_training)
     summary = summarise([done[i] for i in asked]) | {"settings": settings}
+    summary["left_out"] = lost
+    summary["scores"]["micro"]["note"] = f"{len(lost)} left out: no video" if lost else ""
     if out and rank == 0:
         write(out / "results.jsonl", to_lines(done[i] for i in sorted(done)))
         write(out / "summary.json", json.dumps(summary, indent=1))
@@ -386,12 +579,12 @@ def evaluate(model, rows, out=None, how=None, limit=0, resume=True, rank=0, worl
 
 def print_table(summary):
     """Prints the scores, a line each, and the rest."""
-    print(f"{'':20}{'n':>6}{'right':>7}{'%':>8}{'95 % interval':>16}{'chance':>8}{'retrieval':>11}")
+    print(f"{'':20}     n  right       %   95 % interval  release  chance  retrieval")
     for name, s in summary["scores"].items():
-        percent = {key: 100 * s[key] for key in ("accuracy", "low", "high", "chance")}
-        share = "{accuracy:8.1f}{low:8.1f} - {high:5.1f}{chance:8.1f}".format(**percent)
+        percent = {key: 100 * s[key] for key in ("accuracy", "low", "high", "release", "chance")}
+        share = "{accuracy:8.1f}{low:8.1f} - {high:5.1f}{release:9.1f}{chance:8.1f}".format(**percent)
         found = "" if s["retrieval"] is None else f"{s['retrieval']:11.3f}"
-        print(f"{name:20}{s['n']:6d}{s['correct']:7d}{share}{found}")
+        print(f"{name:20}{s['n']:6d}{s['correct']:7d}{share}{found}  {s['note']}".rstrip())
     print("\n".join(describe(summary)))
 
 
@@ -422,10 +615,8 @@ def tile(path, width, label, heat=None):
         size = (width, round(width * image.height / image.width))
         image = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     if heat is not None:
-        steps = np.linspace(0, 1, len(COLOURS))
-        heat = np.stack([np.interp(heat, steps, channel) for channel in zip(*COLOURS)], axis=-1)  # (h, w, 3)
-        heat = Image.fromarray(heat.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
-        image = Image.blend(image.convert("L").convert("RGB"), heat, 0.6)
+        heat = Image.fromarray((255 * heat).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+        image = Image.blend(image.convert("L").convert("RGB"), ImageOps.colorize(heat, **COLOURS), 0.6)
     font = ImageFont.load_default(24)
     ImageDraw.Draw(image).text((5, 2), label, "white", font, stroke_width=2, stroke_fill="black")
     return image
@@ -441,14 +632,6 @@ def stack(images, down=True, gap=4):
         sheet.paste(image, (0, at) if down else (at, 0))
         at += gap + (image.height if down else image.width)
     return sheet
-
-
-def words(text, colour, width=780):
-    """Text as an image of a width."""
-    text = "\n".join(textwrap.fill(line, width // 10) for line in text.split("\n"))
-    image = Image.new("RGB", (width, 29 * text.count("\n") + 32), "white")
-    ImageDraw.Draw(image).multiline_text((0, 0), text, colour, ImageFont.load_default(20), spacing=8)
-    return image
 
 
 def video_tokens(model, row, images):
@@ -497,18 +680,15 @@ def depict(model, rows, result, how, truth, images):
 
 def verdict(row, result):
     """The key and the answer as one line."""
-    given = f"{result['answer']}. {row['options'][result['answer']]}" if result["answer"] else "nothing"
-    return f"Key: {result['key']}. {row['options'][result['key']]} | answered: {given}"
+    named = {letter: f"{letter}. {text}" for letter, text in row["options"].items()}
+    keys = " or ".join(named[letter] for letter in result["key"] or "")
+    given = f"answered: {named.get(result['answer'], 'nothing')}"
+    return f"Key: {keys} | {given}" if keys else given
 
 
 def picture(samples):
-    """Some answers side by side: verdict, question, film strip, and the heat maps of each imagined block."""
-    columns = []
-    for sample in samples:
-        row, result = sample["row"], sample["result"]
-        line = words(verdict(row, result), "darkgreen" if result["correct"] else "firebrick")
-        question = words(row["text_input"], "black")
-        columns.append(stack([line, question, *sample["film"], *sample["blocks"]], gap=12))
+    """Some answers side by side: film strip, and the heat maps of each imagined block."""
+    columns = [stack([*sample["film"], *sample["blocks"]], gap=12) for sample in samples]
     return stack(columns, down=False, gap=40)
 
 
@@ -542,34 +722,34 @@ def curve(part, name, entries):
     low, high = min(values), max(values)
     box = f"{steps[0]} {-high:.6g} {steps[-1] - steps[0]} {max(high - low, 1e-9):.6g}"  # SVG's y points down
     line = " ".join(f"{step},{-value:.6g}" for step, value in points)
-    numbers = {"low": f"{low:.3g}", "high": f"{high:.3g}", "last": f"{values[-1]:.3g}"}
-    return fill(part, name=name, box=box, points=line, steps=steps[-1], **numbers)
+    return fill(part, name=name, box=box, points=line, steps=steps[-1], last=f"{values[-1]:.3g}")
 
 
 def sample_card(parts, sample):
     """One question, its film strip, and the answer's text with heat maps where the latent blocks are."""
     row, result = sample["row"], sample["result"]
-    block = r"<\|latent_start\|>(?:<\|latent_pad\|>)*(?:<\|latent_end\|>)?"
-    first, *texts = re.split(block, result["text"].removesuffix("<|im_end|>").strip())
-    images = [show(parts["image"], "imagery", image) for image in sample["blocks"]]
-    pieces = [fill(parts["text"], text=first)]
-    for text, image in itertools.zip_longest(texts, images[: len(texts)], fillvalue="[imagery]"):
-        pieces += [image, fill(parts["text"], text=text)]
+    block = r"&lt;\|latent_start\|&gt;(&lt;\|latent_pad\|&gt;)*(&lt;\|latent_end\|&gt;)?"
+    images = iter([show(parts["image"], "imagery", image) for image in sample["blocks"]])
+    said = html.escape(result["text"].removesuffix("<|im_end|>").strip())
+    said = Html(re.sub(block, lambda _: next(images, "[imagery]"), said))
     fields = {"subtask": result["subtask"], "where": result["where"], "question": row["text_input"]}
-    fields |= {"mark": "right" if result["correct"] else "wrong", "verdict": verdict(row, result)}
+    marks = {True: "right", False: "wrong", None: "asked"}
+    fields |= {"mark": marks[result["correct"] if result["key"] else None], "verdict": verdict(row, result)}
     fields["film"] = Html("".join(show(parts["image"], "film strip", image) for image in sample["film"]))
-    return fill(parts["sample"], spoken=Html("".join(pieces)), **fields)
+    return fill(parts["sample"], spoken=said, **fields)
 
 
 def report(summary, samples, entries):
     """The whole page, self-contained: images and curves inside, no script, nothing fetched."""
     found = re.findall(r"<!-- part (\w+) -->\n(.*?)<!-- end -->", TEMPLATE.read_text("utf-8"), flags=re.S)
     parts = {name: string.Template(text) for name, text in found}
-    pieces = {"facts": [fill(parts["fact"], text=line) for line in describe(summary)], "bars": []}
-    for name, score in summary["scores"].items():
-        percent = {key: f"{100 * score[key]:.1f}" for key in ("accuracy", "low", "high", "chance")}
-        width = f"{100 * (score['high'] - score['low']):.1f}"
-        pieces["bars"].append(fill(parts["bar"], name=name, n=score["n"], width=width, **percent))
+    results, scores = [sample["result"] for sample in samples], summary.get("scores", {})
+    facts = describe(summary) if scores else []
+    pieces = {"facts": [fill(parts["fact"], text=line) for line in facts], "bars": []}
+    for name, score in scores.items():
+        percent = {key: f"{100 * score[key]:.1f}" for key in ("accuracy", "low", "high", "release", "chance")}
+        pieces["bars"].append(fill(parts["bar"], **score | percent | {"name": name}))
+    pieces["filters"] = [fill(parts["filter"], name=name) for name in in_order(results)]
     pieces["curves"] = [curve(parts["curve"], name, entries) for name in CURVES]
     pieces["samples"] = [sample_card(parts, sample) for sample in samples]
     pieces = {name: Html("".join(piece)) for name, piece in pieces.items()}
@@ -579,7 +759,8 @@ def report(summary, samples, entries):
 def draw(model, rows, out, log="", samples=8):
     """Answers some rows of `out` again, right and wrong ones, and draws out/picture.png and out/report.html.
 
-    log: the training run's log.jsonl, for the curves.
+    log: the training run's log.jsonl, for the curves. The report also shows the scores of the controls that
+    stand beside `out`, such as eval_video-none.
     """
     out, images = Path(out), Images(model, cache=True)
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
@@ -588,10 +769,24 @@ def draw(model, rows, out, log="", samples=8):
         some = [result["row"] for result in results if result["correct"] == correct]
         chosen += thin(some, max(1, samples // 2))
     truth = functools.cache(lambda i: true_latents(model, rows[i], images))
-    answers = answer(model, rows, chosen, how, truth, images)
+    answers = [answer(model, rows, [i], how, truth, images)[0] for i in chosen]
     drawn = [depict(model, rows, result, how, truth, images) for result in answers]
-    picture([drawn[0], drawn[-1]]).save(out / "picture.png")
+    if how["video"] != "none":
+        picture([drawn[0], drawn[-1]]).save(out / "picture.png")
+    for file in sorted(out.parent.glob(f"{out.name}_*/summary.json")):
+        summary["scores"][file.parent.name] = json.loads(file.read_text(encoding="utf-8"))["scores"]["micro"]
     write(out / "report.html", report(summary, drawn, read_lines(log) if log else []))
+
+
+def ask(model, row, how, out):
+    """Answers a question of the user's own, prints the answer, and draws out/report.html."""
+    images, none = Images(model, cache=True), torch.zeros(0)
+    check(not row["lost"], f"VIDEO_FILE: {row['lost']}.")
+    result = answer(model, [row], [0], how, lambda index: none, images)[0]
+    drawn = depict(model, [row], result, how, lambda index: none, images)
+    print(result["text"], verdict(row, result), out / "report.html", sep="\n")
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "report.html", report({"settings": settings_of(model, [row], how)}, [drawn], []))
 
 
 if __name__ == "__main__":
@@ -600,15 +795,24 @@ if __name__ == "__main__":
         value = constants[name]
         check(value in ("", *known), f"{name}={value} is none of {', '.join(known)}; leave it out for none.")
     rank, world, device = init_distributed()
-    rows = read_rows(DATA if DATA.endswith(".jsonl") else Path(DATA) / "test_imagery.jsonl")
-    model = load_model(MODEL, device)
+    kind = "ask" if ASK else BENCH if BENCH != "toy" else "eval"
+    check(kind == "eval" or LATENTS != "oracle", "LATENTS=oracle needs true overlays; there are none here.")
+    options = dict(zip("ABCDEF", OPTIONS.split("|"))) if OPTIONS else {}
+    rows = [ask_row(VIDEO_FILE, ASK, options)] if ASK else read_bench(BENCH, DATA)
+    if kind != "eval":
+        some = rows if VIDEO == "other" or LATENTS == "swap" else rows[: LIMIT or None]
+        add_frames(some, rank, world, root="" if ASK else VIDEOS, cache=CACHE, fps=FPS, most=MAX_FRAMES)
+    model = load_model(MODEL, device, suffix=SUFFIX, seconds_per_pair=SECONDS_PER_PAIR)
     suffix = "".join(f"_{name.lower()}-{constants[name]}" for name in CONTROLS if constants[name])
-    out = Path(OUT or Path(MODEL) / f"eval{suffix}")
+    out = Path(OUT or Path(MODEL) / f"{kind}{suffix}")
     how = {name: constants[name.upper()] for name in PLAIN}
-    summary = evaluate(model, rows, out, how, LIMIT, RESUME, rank, world)
-    if rank == 0:
-        print_table(summary)
-        draw(model, rows, out, newest_checkpoint(MODEL).parent / "log.jsonl", SAMPLES)
-        print(f"{out}/summary.json, {out}/picture.png, {out}/report.html")
+    if ASK:
+        ask(model, rows[0], how, out)
+    else:
+        summary = evaluate(model, rows, out, how, LIMIT, RESUME, rank, world)
+        if rank == 0:
+            print_table(summary)
+            draw(model, rows, out, newest_checkpoint(MODEL).parent / "log.jsonl", SAMPLES)
+            print(f"{out}/summary.json, {out}/picture.png, {out}/report.html")
     if world > 1:
         dist.destroy_process_group()

@@ -79,7 +79,7 @@ def spoken(letter, blocks, K=4):
     return f"<think>I <look> {block * blocks} so</think>\n<answer>{letter}. x</answer><|im_end|>"
 
 
-def fake_generate(model, samples, max_new, images=None, feed=None):
+def fake_generate(model, samples, max_new, images=None, *sampling, feed=None):
     """Two blocks a row; hidden states and the letter depend on the question alone, never on batch-mates."""
     fed = []
     for block in range(2):
@@ -173,6 +173,7 @@ def test_wilson_interval_of_known_counts():
 
 def result(subtask, answer, options=4, **more):
     one = {"subtask": subtask, "answer": answer, "key": "A", "correct": answer == "A", "options": options}
+    one |= {"pred": answer or "A", "hit": int((answer or "A") == "A")}
     return one | {"cut": False, "blocks": 2, "tokens": 30, "imagery": []} | more
 
 
@@ -196,6 +197,9 @@ def test_summary_equals_a_hand_count():
     assert scores["micro"]["chance"] == pytest.approx((5 * 0.25 + 0.5) / 6)
     assert (scores["micro"]["low"], scores["micro"]["high"]) == evaluate.wilson(4, 6)
     assert (summary["no_answer"], summary["cut"]) == (1, 1)
+    assert scores["micro"]["release"] == pytest.approx(5 / 6)  # its rule guesses A where there is no answer
+    assert summary["release_macro"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert summary["differ"] == pytest.approx(1 / 6)
     assert summary["blocks"] == pytest.approx(11 / 6)
     assert summary["tokens"] == pytest.approx(40)
     imagery = summary["imagery"]
@@ -454,7 +458,7 @@ def test_draw_without_a_video_or_a_log(world, faked, tmp_path):
     evaluate.evaluate(model, rows, tmp_path, {"video": "none"}, limit=3)
     evaluate.draw(model, rows, tmp_path)
     assert "<polyline" not in (tmp_path / "report.html").read_text()
-    assert (tmp_path / "picture.png").is_file()
+    assert not (tmp_path / "picture.png").exists()  # nothing was seen, so nothing can be drawn
 
 
 def test_heat_is_highest_where_the_latent_comes_from():

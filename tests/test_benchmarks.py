@@ -1,0 +1,501 @@
+"""evaluate.py on benchmarks: small files of their shapes, videos, two rules, determinism, ASK, the page."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, lively, one_thread, refused, run_script
+from safetensors.torch import load_file, save_file
+
+import evaluate
+from model import load_model
+
+
+def make_video(path, seconds=3, fps=4, seed=0, size=(64, 48)):
+    """An mp4 of random coarse frames at whole seconds, still in between."""
+    av = pytest.importorskip("av")
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for number in range(seconds * fps):
+            if number % fps == 0:
+                small = Image.fromarray(rng.integers(0, 255, (3, 4, 3), dtype=np.uint8))
+                image = np.asarray(small.resize(size))
+            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def dump(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------- the four benchmarks, small
+
+
+def dsr_file(folder, **change):
+    """Letters in the options, a list's text, a dict, "A: x; B: y"; videos v_0 to v_3, and a missing one."""
+    options = ["A. (1) Becomes larger.", "B. (1) Becomes smaller. (2) Stays.", "C. Stays.", "D. None."]
+    rows = [
+        {"type": "abs_spd", "options": options, "answer": "A", "videoID": "v_0"},
+        {"type": "abs_dis", "options": str(options), "answer": "B. (1) Becomes smaller.", "videoID": "v_1"},
+        {"type": "non_temp", "candidates": dict(zip("ABCD", "wxyz")), "answer": "C", "video": "v_2"},
+        {"type": "abs_spd", "options": "A: up; B: down; then up; C: still", "answer": "B", "videoID": "v_3"},
+        {"type": "rel_dir", "options": np.array(options).tolist(), "answer": "D", "videoID": "v_missing"},
+        {"type": "abs_spd", "options": options, "answer": "A", "videoID": "v_0"},
+    ]
+    rows = [{"question": f"Between 0.0s and {n}.0s, how fast?"} | row for n, row in enumerate(rows)]
+    rows[2] |= change
+    return dump(folder / "benchmark.json", {row["question"]: row for row in rows})
+
+
+def vlm4d_files(folder):
+    """Web addresses, answers as text, integers, two options that say the same, ids in both files."""
+    web = "https://huggingface.co/datasets/x/resolve/main/"
+    abcd = {"A": "left", "B": "right", "C": "left", "D": "No"}
+    real = [
+        {"video": web + "videos_real/davis/a.mp4", "choices": abcd, "answer": "right"},
+        {"video": web + "videos_real/ego4d/b.mp4", "choices": {"A": 1, "B": 2, "C": 3}, "answer": 2},
+        {"video": web + "videos_real/youtube-vos/c.mp4", "choices": abcd, "answer": "left"},
+    ]
+    synthetic = [
+        {"video": web + "videos_synthetic/d.mp4", "choices": abcd, "answer": "no"},
+        {
+            "video": web + "videos_synthetic/d.mp4",
+            "choices": {"A": "north", "B": "no, left"},
+            "answer": "north",
+        },
+        {"video": web + "videos_synthetic/d.mp4", "choices": {"A": "no one", "B": "one"}, "answer": "no one"},
+    ]
+    for name, rows in {"real": real, "synthetic": synthetic}.items():
+        more = {"question_type": "multiple-choice", "question": "Where to?"}
+        rows = [{"id": f"validation_{number}"} | more | row for number, row in enumerate(rows)]
+        dump(folder / "QA" / f"{name}_mc.json", rows)
+    return folder
+
+
+def dsi_files(folder, count=3):
+    """Four csv files with quotes and semicolons inside; the key of a question differs from file to file."""
+    for version, name in enumerate(("std", "hflip", "reverse", "reverse_hflip")):
+        path = folder / "metadatas" / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow("cate relative_path video_type question options GT".split())
+            for n in range(count):
+                options = 'A: Left; then "up"; B: Right, fast; C: Forward; D: Still'
+                writer.writerow([n % 6, "cam/a.mp4", "x", f"How,\n{n}?", options, "ABCD"[(n + version) % 4]])
+    return folder
+
+
+def dyn_files(folder):
+    """Frames as images, one json a scene and kind of question; mask and sampling files in between."""
+    options = ["A. near", "B. far", "C. left", "D. right"]
+    for kind, count in {"qa": 2, "sceneqa": 1, "cameraqa": 1}.items():
+        rows = [{"question": f"{kind} {n}?", "options": options, "answer": "B"} for n in range(count)]
+        dump(folder / "multi_json" / "davis" / f"the_dog_{kind}.json", rows)
+    dump(folder / "multi_json" / "davis" / "the_dog_objmask.json", {"object_1": {"question": "?"}})
+    dump(folder / "multi_json" / "davis" / "the_dog_frame_sampling_qa.json", [{"question": "?"}])
+    (folder / "frames" / "davis" / "the_dog").mkdir(parents=True)
+    for number in range(7):
+        image = np.full((48, 64, 3), 30 * number, np.uint8)
+        evaluate.Image.fromarray(image).save(folder / f"frames/davis/the_dog/frame_{number:04d}.png")
+    return folder
+
+
+def test_dsr_options_answers_and_order(tmp_path):
+    rows = evaluate.read_bench("dsr", str(dsr_file(tmp_path)))
+    assert [row["key"] for row in rows] == ["A", "B", "C", "B", "D", "A"]
+    assert [row["subtask"] for row in rows][:3] == ["Abs Spd", "Abs Dis", "Non-Temp Based"]
+    assert rows[0]["text_input"] == (
+        "Between 0.0s and 0.0s, how fast?\n\nA. (1) Becomes larger.\nB. (1) Becomes smaller. (2) Stays.\n"
+        "C. Stays.\nD. None."
+    )
+    assert rows[1]["options"] == rows[0]["options"] == rows[4]["options"]
+    assert rows[2]["options"] == {"A": "w", "B": "x", "C": "y", "D": "z"}
+    assert rows[3]["options"] == {"A": "up", "B": "down; then up", "C": "still"}
+    assert [row["video"] for row in rows][2:] == ["v_2.mp4", "v_3.mp4", "v_missing.mp4", "v_0.mp4"]
+    assert rows[5]["where"].endswith("benchmark.json:6")
+    assert evaluate.parse_options(np.array(["A. x", "B. y"])) == {"A": "x", "B": "y"}
+    assert evaluate.parse_options(list("uvwxyz")) == dict(zip("ABCDEF", "uvwxyz"))
+    entries = list(json.loads((tmp_path / "benchmark.json").read_text()).values())
+    lines = tmp_path / "benchmark.jsonl"
+    lines.write_text("\n".join(json.dumps(entry) for entry in entries))
+    again = evaluate.read_bench("dsr", str(lines))
+    assert [row["text_input"] for row in again] == [row["text_input"] for row in rows]
+
+
+def test_parquet_goes_through_pyarrow(tmp_path, monkeypatch):
+    """pyarrow is not among the requirements: a stand-in gives the rows as pyarrow's to_pylist does."""
+    rows = list(json.loads(dsr_file(tmp_path).read_text()).values())
+    (tmp_path / "benchmark.parquet").write_bytes(b"PAR1")
+    table = type("Table", (), {"to_pylist": lambda self: rows})
+    stand_in = type("Parquet", (), {"read_table": lambda self, path: table()})
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: True)
+    monkeypatch.setattr(evaluate, "import_module", lambda name: stand_in())
+    assert [row["key"] for row in evaluate.read_bench("dsr", str(tmp_path))] == ["A", "B", "C", "B", "D", "A"]
+
+
+def test_vlm4d_keys_paths_and_kinds(tmp_path):
+    rows = evaluate.read_bench("vlm4d", str(vlm4d_files(tmp_path)))
+    assert [row["key"] for row in rows] == ["B", "B", "AC", "D", "A", "A"]
+    kinds = ["Real Exo", "Real Ego", "Real Exo", "Synthetic FP", "Synthetic Dir", "Synthetic FP"]
+    assert [row["subtask"] for row in rows] == kinds
+    assert rows[1]["options"] == {"A": "1", "B": "2", "C": "3"}
+    assert rows[0]["video"] == "videos_real/davis/a.mp4"
+    assert rows[0]["id"] == rows[3]["id"] and rows[0]["where"] != rows[3]["where"]
+
+
+def test_dsi_options_and_versions(tmp_path):
+    rows = evaluate.read_bench("dsi", str(dsi_files(tmp_path)))
+    assert len(rows) == 12 and [row["told"]["twin"] for row in rows] == [1, 2, 3] * 4
+    assert rows[0]["options"] == {"A": 'Left; then "up"', "B": "Right, fast", "C": "Forward", "D": "Still"}
+    assert [row["key"] for row in rows[::3]] == list("ABCD")
+    assert rows[3]["video"] == "hflip/cam/a.mp4" and rows[3]["clip"] == rows[0]["clip"] == "cam/a.mp4"
+    assert rows[2]["subtask"] == "Cam:static scene"
+
+
+def test_dyn_scenes_and_frames(tmp_path):
+    rows = evaluate.read_bench("dyn", str(dyn_files(tmp_path)))
+    assert sorted(row["subtask"] for row in rows) == [
+        "Camera-Object",
+        "Inter-Object",
+        "Inter-Object",
+        "Object-Scene",
+    ]
+    assert rows[0]["options"] == {"A": "near", "B": "far", "C": "left", "D": "right"}
+    evaluate.add_frames(rows, root=tmp_path / "frames", cache=tmp_path / "cache", fps=2.0, most=4)
+    assert rows[0]["times"] == [0.0, 1.0, 2.0, 3.0] and not rows[0]["lost"]
+    assert [path[-8:-4] for path in rows[0]["image_input"]] == ["0000", "0002", "0004", "0006"]
+
+
+# ---------------------------------------------------------------- two rules, and counts
+
+
+@pytest.mark.parametrize(
+    "text, strict, release",
+    [
+        ("<answer>B. x</answer><|im_end|>", "B", "B"),
+        ("<answer>The answer is C</answer>", None, "C"),
+        ("<answer>Best option: D</answer>", None, "D"),
+        ("<answer>none of these</answer> so Analyzing", None, "A"),
+        ("<think>Analyzing the", None, "A"),
+        ("<ANSWER>b or D</ANSWER>", None, "D"),
+        ("<answer>A</answer><answer>B</answer>", None, "A"),
+        ("<answer>E</answer>", None, ""),
+        ("<|latent_start|><|latent_pad|><|latent_end|>", None, ""),
+        ("no<|im_end|>B", None, ""),
+    ],
+)
+def test_both_rules(text, strict, release):
+    assert evaluate.parse_answer(text, "ABCD") == strict
+    assert evaluate.release_answer(text) == release
+
+
+def judged(rows, texts):
+    """Results of some answers' texts, as evaluate has them."""
+    made = {"ids": [0], "cut": False, "latents": torch.zeros(0, 8)}
+    results = [evaluate.judge(row, n, made | {"text": t}, 4) for n, (row, t) in enumerate(zip(rows, texts))]
+    return [result | {"imagery": []} for result in results]
+
+
+def tagged(letters):
+    return [f"<answer>{letter}</answer>" for letter in letters]
+
+
+def test_dsr_counts(tmp_path):
+    rows = evaluate.read_bench("dsr", str(dsr_file(tmp_path)))
+    texts = [*tagged("ABA"), "<think>Before", *tagged("D"), "So A"]
+    summary = evaluate.summarise(judged(rows, texts))
+    counted = {name: (s["n"], s["correct"], s["release"]) for name, s in summary["scores"].items()}
+    assert list(counted) == ["Abs Dis", "Abs Spd", "Rel Dir", "Non-Temp Based", "micro"]
+    assert counted["Abs Spd"] == (3, 1, 1.0) and counted["Abs Dis"] == (1, 1, 1.0)
+    assert counted["Non-Temp Based"] == (1, 0, 0.0) and counted["micro"] == (6, 3, pytest.approx(5 / 6))
+    assert summary["macro"] == pytest.approx((1 + 1 / 3 + 1 + 0) / 4)
+    assert summary["release_macro"] == pytest.approx(3 / 4) and summary["differ"] == pytest.approx(2 / 6)
+    assert summary["no_answer"] == 2
+    result = judged(rows, texts)[3]
+    told = {"index": 3, "video_id": "v_3", "gt": "B", "pred": "B", "hit": 1, "subtask_type": "abs_spd"}
+    assert {name: result[name] for name in told} == told
+
+
+def test_vlm4d_counts_either_of_two_equal_options(tmp_path):
+    rows = evaluate.read_bench("vlm4d", str(vlm4d_files(tmp_path)))
+    scores = evaluate.summarise(judged(rows, tagged("ABCDBA")))["scores"]
+    assert {name: (s["n"], s["correct"]) for name, s in scores.items()} == {
+        "Real Ego": (1, 1),
+        "Real Exo": (2, 1),
+        "Synthetic Dir": (1, 0),
+        "Synthetic FP": (2, 2),
+        "Real": (3, 2),
+        "Synthetic": (3, 2),
+        "micro": (6, 4),
+    }
+    assert "Key: A. left or C. left" in evaluate.verdict(rows[2], judged(rows, tagged("ABCDBA"))[2])
+
+
+def test_dsi_counts_samples_and_groups(tmp_path):
+    rows = evaluate.read_bench("dsi", str(dsi_files(tmp_path)))
+    wrong = {0, 1, 4}  # of question 1 one version, of question 2 two
+    texts = tagged("ABCD"["ABCD".index(row["key"]) - (n in wrong)] for n, row in enumerate(rows))
+    scores = evaluate.summarise(judged(rows, texts))["scores"]
+    assert (scores["micro"]["n"], scores["micro"]["correct"]) == (12, 9)
+    assert (scores["micro, 3 of 4"]["n"], scores["micro, 3 of 4"]["correct"]) == (3, 2)
+    assert scores["Obj:static cam, 3 of 4"]["correct"] == 1
+    assert scores["Obj:moving cam, 3 of 4"]["correct"] == 0
+    assert scores["micro, 3 of 4"]["chance"] == pytest.approx(4 * 0.25**3 * 0.75 + 0.25**4)
+    fewer = evaluate.summarise(judged(rows[:-1], texts[:-1]))["scores"]  # a version is missing: no group
+    assert fewer["micro, 3 of 4"]["n"] == 2
+
+
+# ---------------------------------------------------------------- videos
+
+
+def test_frames_have_their_true_times_and_are_decoded_once(tmp_path, monkeypatch):
+    make_video(tmp_path / "a b/ü.mp4", seconds=5)
+    make_video(tmp_path / "c/ü.mp4", seconds=5, seed=1)
+    how = {"root": tmp_path, "cache": tmp_path / "cache", "fps": 1.0}
+    frames = evaluate.sample_frames("a b/ü.mp4", **how, most=50)
+    assert [time for _, time in frames] == [0, 1, 2, 3, 4]
+    other = evaluate.sample_frames("c/ü.mp4", **how, most=50)
+    assert not {path for path, _ in frames} & {path for path, _ in other}
+    assert [time for _, time in evaluate.sample_frames("c/ü.mp4", **how, most=3)] == [0, 2, 4]
+    monkeypatch.setattr(evaluate, "decode", lambda *words: pytest.fail("decoded again"))
+    assert evaluate.sample_frames("a b/ü.mp4", **how, most=50) == frames
+
+
+def test_videos_that_cannot_be_used_are_named_and_leave_nothing(tmp_path):
+    make_video(tmp_path / "whole.mp4")
+    (tmp_path / "zero.mp4").write_bytes(b"")
+    (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 20)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:600])
+    (tmp_path / "empty").mkdir()
+    for name in ("zero", "noise", "cut"):
+        why = evaluate.sample_frames(f"{name}.mp4", tmp_path, tmp_path / "cache", 1.0, 50)
+        assert "cannot be decoded" in why
+    assert "there is no" in evaluate.sample_frames("gone.mp4", tmp_path, tmp_path / "cache", 1.0, 50)
+    assert "frame_" in evaluate.sample_frames("empty", tmp_path, tmp_path / "cache", 1.0, 50)
+    assert not (tmp_path / "cache").exists()
+
+
+# ---------------------------------------------------------------- whole runs on a random network
+
+
+@pytest.fixture(scope="module")
+def bench(tiny, tmp_path_factory):
+    """A folder with DSR-Bench (four videos, a missing one) and a checkpoint that says much: model/."""
+    folder = tmp_path_factory.mktemp("bench")
+    dsr_file(folder)
+    for number in range(4):
+        make_video(folder / "videos" / f"v_{number}.mp4", seconds=2 + number, seed=number)
+    model = lively(tiny)
+    model.net.save_pretrained(folder / "model")
+    model.tok.save_pretrained(folder / "model")
+    return folder
+
+
+def words(bench, out, *more):
+    """The command line of a run."""
+    made = [f"MODEL={bench / 'model'}", "BENCH=dsr", f"DATA={bench / 'benchmark.json'}"]
+    made += [f"VIDEOS={bench / 'videos'}", f"CACHE={bench / 'cache'}", f"OUT={out}", "MAX_NEW=10"]
+    return [*made, *more]
+
+
+def lines(out):
+    return evaluate.read_lines(out / "results.jsonl")
+
+
+def test_a_benchmark_from_the_command_line(bench, monkeypatch, capsys):
+    out = bench / "whole"
+    run_script(monkeypatch, "evaluate.py", *words(bench, out))
+    said = capsys.readouterr().out
+    assert re.search(r"micro +5 .*1 left out: no video", said)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["left_out"] == [f"{bench}/benchmark.json:5: there is no {bench}/videos/v_missing.mp4"]
+    assert [line["row"] for line in lines(out)] == [0, 1, 2, 3, 5]
+    page = (out / "report.html").read_text()
+    assert "1 left out: no video" in page and page.count("<article") == 4  # all are wrong: half of SAMPLES
+    assert not re.search(r"<script|(?:src|href)=[\"']?(?:https?:)?//", page)
+    run_script(monkeypatch, "evaluate.py", *words(bench, bench / "few", "LIMIT=2"))
+    assert lines(bench / "few") == lines(out)[:2]
+
+
+def same(one, other):
+    """Rows alike, whatever the batch: here no two logits are near enough to differ."""
+    assert [line["text"] for line in one] == [line["text"] for line in other]
+    assert one == other
+
+
+def test_batches_processes_and_a_kill_change_no_answer(bench, monkeypatch):
+    run_script(monkeypatch, "evaluate.py", *words(bench, bench / "one", "BATCH=1"))
+    run_script(monkeypatch, "evaluate.py", *words(bench, bench / "sixteen", "BATCH=16"))
+    same(lines(bench / "one"), lines(bench / "sixteen"))
+
+    whole = (bench / "one" / "results.jsonl").read_text()
+    (bench / "one" / "results.jsonl").write_text(whole[: whole.index("\n") + 100])  # one line and a piece
+    (bench / "one" / "summary.json").unlink()
+    run_script(monkeypatch, "evaluate.py", *words(bench, bench / "one", "BATCH=1"))
+    assert (bench / "one" / "results.jsonl").read_text() == whole
+
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    shutil.rmtree(bench / "cache")
+    run = [*two, ROOT / "evaluate.py", *words(bench, bench / "two", "BATCH=2", "SAMPLES=1")]
+    done = subprocess.run(run, env=one_thread(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    same(lines(bench / "two"), lines(bench / "sixteen"))
+
+
+def test_sampling_is_a_function_of_seed_and_row(bench, monkeypatch):
+    hot = ("TEMPERATURE=0.9", "TOP_P=0.9")
+    for name, *more in (("hot1", "BATCH=1"), ("hot16", "BATCH=16"), ("seed", "SEED=1")):
+        run_script(monkeypatch, "evaluate.py", *words(bench, bench / name, *hot, *more))
+    same(lines(bench / "hot1"), lines(bench / "hot16"))
+    texts = [[line["text"] for line in lines(bench / name)] for name in ("hot1", "seed")]
+    assert texts[0] != texts[1]
+    for word in ("FPS=2.0", "SEED=2", "SECONDS_PER_PAIR=2.0", "SUFFIX=x"):
+        again = words(bench, bench / "hot1", *hot, word)
+        refused(lambda again=again: run_script(monkeypatch, "evaluate.py", *again), "RESUME=False")
+
+
+def test_controls_on_a_benchmark(bench, monkeypatch):
+    for word in ("VIDEO=none", "VIDEO=other", "VIDEO=shuffled", "LATENTS=zero", "LATENTS=swap"):
+        out = bench / f"whole_{word.lower().replace('=', '-')}"
+        kinds = {"abs_spd"} if word in ("VIDEO=other", "LATENTS=swap") else {"abs_spd", "abs_dis", "non_temp"}
+        rows = json.loads((bench / "benchmark.json").read_text()).values()
+        data = dump(bench / f"{word}.json", [row for row in rows if row["type"] in kinds])
+        more = [f"DATA={data}", word, "SAMPLES=1"]
+        run_script(monkeypatch, "evaluate.py", *words(bench, out, *more))
+        assert json.loads((out / "settings.json").read_text())[word.split("=")[0].lower()]
+        assert len(lines(out)) == (3 if len(kinds) == 1 else 5)
+    oracle = words(bench, bench / "oracle", "LATENTS=oracle")
+    refused(lambda: run_script(monkeypatch, "evaluate.py", *oracle), "LATENTS=oracle", "overlays")
+
+
+def test_ask_one_question_about_one_video(bench, monkeypatch, capsys):
+    out, video = bench / "asked", bench / "videos" / "v_1.mp4"
+    more = ["ASK=Where <to>?", f"VIDEO_FILE={video}", f"OUT={out}", "MAX_NEW=6", f"CACHE={bench / 'cache'}"]
+    run_script(monkeypatch, "evaluate.py", f"MODEL={bench / 'model'}", "OPTIONS=left|right|up", *more)
+    assert "answered: " in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    assert "Where &lt;to&gt;?" in page and "C. up" in page and 'data-mark="asked"' in page
+    assert page.count("<img") >= 1
+    run_script(monkeypatch, "evaluate.py", f"MODEL={bench / 'model'}", *more)  # an open question
+    gone = [f"MODEL={bench / 'model'}", *more, "VIDEO_FILE=gone.mp4"]
+    refused(lambda: run_script(monkeypatch, "evaluate.py", *gone), "gone.mp4")
+
+
+# ---------------------------------------------------------------- the authors' checkpoint, imitated
+
+
+def test_a_checkpoint_of_the_release_is_scored(bench, tiny, monkeypatch):
+    """Random weights in its layout: legacy keys, a flat config, its fields, no preprocessor file.
+
+    Its real vocabulary of 151,668 rows is not imitated, only that no row is left after the latent tokens.
+    """
+    folder = bench / "release"
+    shutil.copytree(bench / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    model = load_model(folder)
+    rows = max(model.ids[name] for name in ("latent_pad", "latent_start", "latent_end")) + 1
+    renamed = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+        renamed[name] = weight[:rows].clone() if "embed_tokens" in name else weight
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    ours = ("latent_pooling", "prompt_suffix", "min_pixels", "max_pixels", "latent_norm", "seconds_per_pair")
+    flat = {name: value for name, value in config.items() if name not in ours} | config.pop("text_config")
+    flat |= {"model_type": "qwen2_5_vl", "vocab_size": rows, "tie_word_embeddings": True}
+    flat |= {"compress_strategy": "average", "stage": "stage1", "ce_loss_weight": 0.1, "sim_loss_weight": 1.0}
+    flat.pop("text_config")
+    (folder / "config.json").write_text(json.dumps(flat))
+    for name in ("generation_config.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+    suffix = (ROOT / "assets" / "suffix_release.txt").read_text()
+    more = [f"MODEL={folder}", f"SUFFIX={suffix}", "SECONDS_PER_PAIR=2.0", "TEMPERATURE=0.7", "TOP_P=0.9"]
+    run_script(monkeypatch, "evaluate.py", *words(bench, bench / "of_release", *more))
+    settings = json.loads((bench / "of_release" / "settings.json").read_text())
+    assert settings["prompt_suffix"].startswith("\nFirst, think") and settings["seconds_per_pair"] == 2.0
+    loaded = load_model(folder)
+    assert loaded.K == 4 and loaded.net.config.latent_pooling == "strips"
+    assert loaded.net.get_input_embeddings().num_embeddings == rows
+    assert len(lines(bench / "of_release")) == 5
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"type": "fast"}, ("fast", "BENCH=dsr")),
+        ({"type": None}, ("no type",)),
+        ({"question": None}, ("no question",)),
+        ({"answer": "E"}, ("'E'", "none of the options")),
+        ({"answer": "Wrong"}, ("'Wrong'", "none of the options")),
+        ({"candidates": ["x"]}, ("2 to 6 options",)),
+        ({"candidates": list("tuvwxyz")}, ("2 to 6 options",)),
+        ({"candidates": "['x', "}, ("2 to 6 options",)),
+        ({"candidates": {"A": "x", "C": "y"}}, ("2 to 6 options",)),
+    ],
+)
+def test_a_bad_row_is_one_sentence_with_file_and_row(tmp_path, change, told):
+    path = dsr_file(tmp_path, **change)
+    refused(lambda: evaluate.read_bench("dsr", str(path)), "benchmark.json:3:", *told)
+
+
+def test_a_bad_file_is_one_sentence(tmp_path, monkeypatch):
+    vlm4d_files(tmp_path), dsi_files(tmp_path)
+    path = str(tmp_path / "QA" / "real_mc.json")
+    refused(lambda: evaluate.read_bench("dsr", path), "real_mc.json:1", "no type", "BENCH=dsr")
+    path = str(tmp_path / "metadatas" / "std.csv")
+    refused(lambda: evaluate.read_bench("vlm4d", path), "std.csv:1", "BENCH=vlm4d")
+    refused(lambda: evaluate.read_bench("dyn", path), "std.csv:1", "'std'")
+    refused(lambda: evaluate.read_bench("dsb", path), "BENCH=dsb", "dsr, dyn, vlm4d, dsi")
+    refused(lambda: evaluate.read_bench("dyn", str(tmp_path)), "holds no")
+    (tmp_path / "benchmark.json").write_text('[{"type": ')
+    refused(lambda: evaluate.read_bench("dsr", str(tmp_path / "benchmark.json")), "no valid json")
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    (tmp_path / "benchmark.parquet").write_bytes(b"PAR1")
+    refused(lambda: evaluate.read_bench("dsr", str(tmp_path)), "pip install pyarrow")
+
+
+def test_no_video_at_all_and_a_checkpoint_of_another_kind(bench, tmp_path, monkeypatch):
+    lost = words(bench, tmp_path / "out", f"VIDEOS={tmp_path}")
+    refused(lambda: run_script(monkeypatch, "evaluate.py", *lost), "No question has a video", "v_0.mp4")
+    dump(tmp_path / "other" / "config.json", {"model_type": "llama"})
+    other = words(bench, tmp_path / "out", f"MODEL={tmp_path / 'other'}")
+    refused(lambda: run_script(monkeypatch, "evaluate.py", *other), "llama", "Qwen2.5-VL")
+
+
+# ---------------------------------------------------------------- the page in a browser
+
+
+def test_the_page_in_a_browser(bench, monkeypatch, tmp_path):
+    """The page is drawn on a phone's width, and no card is cut off: a headless Chromium prints it."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium: the page was not looked at in a browser")
+    out = bench / "page"
+    run_script(monkeypatch, "evaluate.py", *words(bench, out))
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    shot = tmp_path / "shot.png"
+    flags += [f"--screenshot={shot}", "--window-size=500,1200", "--hide-scrollbars"]
+    env = os.environ | {"HOME": str(tmp_path)}
+    run = [browser, *flags, (out / "report.html").as_uri()]
+    subprocess.run(run, env=env, capture_output=True, timeout=240, check=True)
+    with evaluate.Image.open(shot) as image:
+        assert image.width == 500 and len(image.convert("L").getcolors(256)) > 50
