@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -183,6 +184,8 @@ if __name__ == "__main__":
     # log
     log, retrieval = Path(OUT) / "log.jsonl", None
     lines = log.read_text().splitlines()[:start] if start and rank == 0 else []
+    if rank == 0 and start < STEPS:
+        shutil.rmtree(Path(OUT) / "eval", ignore_errors=True)  # answers of fewer steps, if any
     if rank == 0:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("".join(line + "\n" for line in lines))
@@ -246,7 +249,6 @@ if __name__ == "__main__":
     # scores, picture and report
     if test_rows:
         out = Path(OUT) / "eval"
-        split["resume"] = start >= STEPS  # answers of fewer steps than were trained now are no use
         summary = evaluate.evaluate(core, test_rows, out, limit=TEST_ROWS, **split)
         if rank == 0:
             evaluate.print_table(summary)

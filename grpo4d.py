@@ -26,6 +26,7 @@ import functools
 import json
 import random
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -267,9 +268,10 @@ if __name__ == "__main__":
     check(core.K, f"{parent} has no latents (latent_size 0); give a checkpoint of dift.py with K > 0.")
     shapes = [{name: tuple(x.shape) for name, x in m.net.state_dict().items()} for m in (core, reference)]
     fine = shapes[0] == shapes[1] and core.K == reference.K and core.ids == reference.ids
-    check(
-        fine, f"REFERENCE={source} has another shape, K or tokens than {parent}; give the policy's own start."
-    )
+    eyes = [m.net.model.visual.state_dict().values() for m in (core, reference)]
+    fine = fine and all(torch.equal(a, b) for a, b in zip(*eyes))
+    told = f"REFERENCE={source} has another shape, vision, K or tokens than {parent}"
+    check(fine, f"{told}; give the policy's own start.")
     core.net.model.visual = reference.net.model.visual  # frozen in both: one copy, one pass
     if CHECKPOINTING:
         core.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -284,6 +286,8 @@ if __name__ == "__main__":
 
     # log, and the scores before
     log = Path(OUT) / "log.jsonl"
+    if rank == 0 and start < STEPS:
+        shutil.rmtree(Path(OUT) / "after", ignore_errors=True)  # answers of fewer steps, if any
     if rank == 0:
         lines = log.read_text().splitlines()[:start] if start else []
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -381,7 +385,6 @@ if __name__ == "__main__":
 
     # scores after, beside those before; picture and report of the compound questions
     core.eval()
-    scoring["resume"] = start >= STEPS  # answers of fewer steps than were trained now are no use
     after = {
         name: evaluate.evaluate(core, some, Path(OUT) / "after" / name, **scoring)
         for name, some in held_out.items()
