@@ -53,7 +53,7 @@ HOLDOUT_ROWS = 500  # rows of HOLDOUT and of SINGLES that are scored, at most
 LATENT_REPLAY = True  # False feeds pad embeddings at latent positions, as the release does (ablation)
 PREFIX = "shared"  # shared: a prompt is read once for its G answers | rows: once for each, the same numbers
 # --- optimisation
-STEPS = 200  # rounds of sampling and updating
+STEPS = 400  # rounds of sampling and updating
 GLOBAL_BATCH = 8  # questions of one step over all devices, with G answers each
 MICRO_BATCH = 4  # questions of one forward pass of the update on one device
 MU = 1  # updates on the same answers; beyond 1 the ratio leaves 1 and is clipped
