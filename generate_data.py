@@ -742,8 +742,8 @@ def option_question(rng):
 def drill(rng):
     """A list of options, and eight of its labels with their letters: dense practice in binding -> two texts.
 
-    After "A. white", "B. blue": "blueB", then labels at growing distances from their letters. Colours, and a
-    letter right beside its label, are learned first; longer labels and distances build on that.
+    After "A. white", "B. blue": "blueB", then labels at growing distances from their letters. Some lists hold
+    colours alone: one token each, they are the easiest.
     """
     labels = list(COLOURS) if rng.random() < 0.2 else [*MOVES, *DIRECTIONS]
     options = rng.permutation(labels)[:4].tolist() if rng.random() < 0.6 else option_question(rng)
@@ -1014,9 +1014,8 @@ def write_files(out, items, dropped, constants):
 
 
 if __name__ == "__main__":
-    if (
-        os.environ.get("RANK", "0") != "0"
-    ):  # under torchrun the first process does the work, on WORKERS processes
+    # under torchrun the first process does it all, on WORKERS processes
+    if os.environ.get("RANK", "0") != "0":
         sys.exit(0)
     constants = set_constants(globals())
     settings = {name: value for name, value in constants.items() if not isinstance(value, (list, dict))}
