@@ -53,6 +53,7 @@ K = 4  # latents per image (release); 0: a stage without imagery (pretraining of
 POOLING = "grid"  # grid (ours) | strips (paper): how overlay tokens become K latents, Eq. 5
 MATCH_NORM = True  # at inference, hidden states are fed back with the mean norm of the targets (ours)
 TRAIN_VISION = False  # True only for pretraining (paper: frozen)
+SUPERVISE = "all"  # all | letters: what the text loss sees; option letters alone for pretraining (ours)
 # --- optimisation
 STEPS = 800  # optimiser steps
 GLOBAL_BATCH = 32  # rows of one step over all devices (release: 8)
@@ -73,7 +74,7 @@ CACHE_FEATURES = True  # keep frozen-vision features in memory, so that a clip i
 CHECKPOINTING = False  # activation checkpointing: less memory, a third more time, the same numbers
 SEED = 0  # of the data order
 
-kept_on_resume = "MODEL DATA COT K POOLING TRAIN_VISION GLOBAL_BATCH LR W_CE W_SIM SEED".split()
+kept_on_resume = "MODEL DATA COT K POOLING TRAIN_VISION SUPERVISE GLOBAL_BATCH LR W_CE W_SIM SEED".split()
 
 
 def dift_loss(logp, imagined, targets, n_text, n_latent, w_ce, w_sim):
@@ -120,6 +121,12 @@ def split_files(data, cot):
     return data, test if test.is_file() else data
 
 
+def narrow(sample, tokens):
+    """A sample of whose supervised tokens only those among `tokens` (n,) stay so; all, if that is empty."""
+    kept = torch.isin(sample["ids"], tokens) | (len(tokens) == 0)  # (T,)
+    return sample | {"is_text": sample["is_text"] & kept}
+
+
 def describe(sample, model):
     """A sample as text, run by run: what is neither supervised nor imagery, [supervised], {imagery}."""
     parts = []
@@ -144,6 +151,7 @@ if __name__ == "__main__":
     constants = set_constants(globals())
     rank, world, device = init_distributed()
     check(RESUME in ("auto", "never"), f"RESUME={RESUME} is neither auto nor never.")
+    check(SUPERVISE in ("all", "letters"), f"SUPERVISE={SUPERVISE} is neither all nor letters.")
     check(GLOBAL_BATCH % world == 0, f"GLOBAL_BATCH={GLOBAL_BATCH} is no multiple of the {world} processes.")
     say = functools.partial(print, flush=True) if rank == 0 else lambda *words, **how: None
 
@@ -174,6 +182,7 @@ if __name__ == "__main__":
     if CHECKPOINTING:
         core.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = DistributedDataParallel(core, find_unused_parameters=TRAIN_VISION) if world > 1 else core
+    letters = torch.tensor(core.tok.convert_tokens_to_ids(list("ABCDEF" if SUPERVISE == "letters" else "")))
     images = Images(core, cache=CACHE_FEATURES and not TRAIN_VISION)
     split = {"rank": rank, "world": world, "images": images if images.cache else None}
     trained = [parameter for parameter in core.parameters() if parameter.requires_grad]
@@ -195,7 +204,8 @@ if __name__ == "__main__":
     say(f"dift: {parent} -> {OUT} | {train_file}, {len(rows)} rows | from step {start} | {world} x {device}")
     say(f"torch {torch.__version__}, transformers {transformers.__version__}, {count:.2f} M trained weights")
     say(" ".join(f"{name}={value}" for name, value in constants.items()))
-    say("first sample, [supervised] and {imagery}:", describe(encode_row(core, rows[0]), core), sep="\n")
+    first = narrow(encode_row(core, rows[0]), letters)
+    say("first sample, [supervised] and {imagery}:", describe(first, core), sep="\n")
     if test_rows and test_file == train_file:
         say(f"{train_file} has no held-out twin: the score at the end is on training rows.")
 
@@ -204,7 +214,8 @@ if __name__ == "__main__":
         lr = lr_at(step, STEPS, WARMUP, LR)
         optimizer.param_groups[0]["lr"] = lr
         mine = rows_of_step(step, len(rows), GLOBAL_BATCH, SEED)[rank::world]
-        samples = sorted((encode_row(core, rows[index]) for index in mine), key=lambda s: len(s["ids"]))
+        samples = [narrow(encode_row(core, rows[index]), letters) for index in mine]
+        samples = sorted(samples, key=lambda sample: len(sample["ids"]))
         counts = [sum(int(s[name].sum()) for s in samples) for name in ("is_text", "is_latent", "is_real")]
         n_text, n_latent, tokens = all_sum(counts, device)
         core.train()

@@ -49,8 +49,8 @@ TEST_CLIPS = 500  # clips of test_*.jsonl, never seen in training (ours)
 RL_TRAIN_CLIPS = 1500  # clips of rl_train.jsonl (ours)
 RL_TEST_CLIPS = 250  # clips of rl_test.jsonl (ours)
 PRETRAIN_CLIPS = 0  # clips of pretrain.jsonl; 0: no pretraining files (ours)
-PRETRAIN_TEST_CLIPS = 200  # clips of pretrain_test.jsonl, and its option rows (ours)
-OPTION_ROWS = 24000  # text-only rows, "pick the option" and drills by turns (ours)
+PRETRAIN_TEST_CLIPS = 200  # clips of pretrain_test.jsonl, with three text-only rows each (ours)
+OPTION_ROWS = 36000  # text-only rows: near drills, far drills, "pick the option" by turns (ours)
 THINGS = (3, 5)  # fewest and most things of one "track" row (ours)
 P_TRACK = (1.0, 1.0, 1.0, 0.4)  # chances of a clip's pretraining rows: words, words, pixels, colour (ours)
 P_OBJECT_CLIP = 0.5  # share of clips asked about objects; the others are asked about the camera (ours)
@@ -739,28 +739,35 @@ def option_question(rng):
     return draw_options(rng, kind, str(rng.choice(VOCABULARY[kind])))
 
 
-def drill(rng):
-    """A list of options, and eight of its labels with their letters: dense practice in binding -> two texts.
+def drill(rng, is_near):
+    """Labels of option lists with their letters, many to a row: dense practice in binding -> two texts.
 
-    After "A. white", "B. blue": "blueB", then labels at growing distances from their letters. Some lists hold
-    colours alone: one token each, they are the easiest.
+    Near: each of three lists is copied before its labels are asked, "blueB" and "blue", newline, "B" in turn.
+    Far: of the one list of the question, by all kinds of labels, up to "blue.</think>", newline, "<answer>B".
     """
-    labels = list(COLOURS) if rng.random() < 0.2 else [*MOVES, *DIRECTIONS]
-    options = rng.permutation(labels)[:4].tolist() if rng.random() < 0.6 else option_question(rng)
-    question, lettered, _ = spell(rng, "Write labels and find their letters.", options)
-    gaps = ("", "\n", ".\nIt stands at\n", " fits, so this is the one to choose:\n")
-    asked = zip(rng.choice(list(lettered), 8), gaps * 2)
-    return question, "\n".join(f"{lettered[letter]}{gap}{letter}" for letter, gap in asked)
+    question, answer, labels = ["Write labels and find their letters."], [], [*COLOURS, *MOVES, *DIRECTIONS]
+    gaps = ("", "\n") if is_near else ("", "\n", ".\n", ".</think>\n<answer>")
+    for _ in range(3 if is_near else 1):
+        plain = is_near or rng.random() < 0.5
+        options = rng.permutation(labels)[:4].tolist() if plain else option_question(rng)
+        listed, lettered, _ = spell(rng, "", options)
+        asked = zip(rng.choice(list(lettered), 6 if is_near else 8), gaps * 4)
+        pairs = "\n".join(f"{lettered[letter]}{gap}{letter}" for letter, gap in asked)
+        question.append(listed.strip())
+        answer.append(f"{listed.strip()}\n{pairs}" if is_near else pairs)
+    return "\n\n".join(question), "\n\n".join(answer)
 
 
 def option_row(split, number):
-    """A text-only row: a question that names the option to pick, or a drill if its number is odd."""
+    """A text-only row, by turns: a near drill, a far drill, a question that names the option to pick."""
     rng = np.random.default_rng([SEED, SPLITS.index(split), number, 1])
-    subtask, thought, (question, answer) = "drill", "", drill(rng)
-    if number % 2 == 0:
-        subtask, (label, *others) = "options", option_question(rng)
+    subtask = ("near", "far", "options")[number % 3]
+    if subtask == "options":
+        label, *others = option_question(rng)
         question, _, key = spell(rng, f'Pick the option that says "{label}".', [label, *others])
         thought, answer = pick(rng, PHRASES["options"]["end"], label=label), f"{key}. {label}"
+    else:
+        thought, (question, answer) = "", drill(rng, subtask == "near")
     text = f"<think>{thought}</think>\n<answer>{answer}</answer>"
     row = base_row({"name": f"{split}_text"}, f"{number:06d}", question, text, subtask)
     return {"row": row, "label": subtask}
@@ -1032,7 +1039,7 @@ if __name__ == "__main__":
                 print(f"\rclip {number:6d}/{len(jobs)} | {time.time() - begun:.0f} s", end="", flush=True)
     if PRETRAIN_CLIPS and SOURCE == "toy":
         items["pretrain"] += [option_row("pretrain", n) for n in range(OPTION_ROWS)]
-        items["pretrain_test"] += [option_row("pretrain_test", n) for n in range(PRETRAIN_TEST_CLIPS)]
+        items["pretrain_test"] += [option_row("pretrain_test", n) for n in range(3 * PRETRAIN_TEST_CLIPS)]
     for split, count in write_files(out, items, dropped, recorded).items():
         print(f"\n{split:13s} {count['rows']:6d} rows {count['subtasks']}", end="")
     print("".join(f"\ndropped {count}: {reason}" for reason, count in dropped.items()))

@@ -802,7 +802,7 @@ def load_optimizer(folder, model, optimizer):
                 optimizer.state[parameter][key] = tensors[f"{name}.{key}"].to(device)
 
 
-def make_tiny(out, data, config="assets/tiny/config.json", vocab=1024, seed=0):
+def make_tiny(out, data, config="assets/tiny_network.json", vocab=1024, seed=0):
     """Trains a byte-level BPE on the rows of `data`/*.jsonl, draws random weights, writes a checkpoint.
 
     The tokenizer has Qwen's special tokens; the latent ones come with the first dift.py run, as for a Qwen.

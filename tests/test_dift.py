@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import model as model_py
-from dift import describe, dift_loss, log_line, lr_at, measure, rows_of_step, split_files
+from dift import describe, dift_loss, log_line, lr_at, measure, narrow, rows_of_step, split_files
 from model import Images, collate, encode_row, load_images, load_model, newest_checkpoint, read_rows
 
 STEP_FIELDS = "loss ce sim norm_fed norm_true gnorm lr latents tokens".split()
@@ -149,6 +149,24 @@ def test_a_sample_is_described_with_its_masks(tiny, rows):
     assert "<|im_start|>assistant[\n<think>At 0s the red box is here <|latent_start|>]" in text
     assert "]{" + "<|latent_pad|>" * 4 + "}[<|latent_end|>, near." in text
     assert text.endswith("<answer>B. Pan Right</answer><|im_end|>]")
+
+
+def test_only_letters_are_supervised(tiny, rows):
+    """Of "<answer>B. Pan Right" the B; letters in the prompt stay out of the loss."""
+    model = load_model(tiny / "base", K=4, pooling="grid")
+    sample = encode_row(model, rows[0])
+    letters = torch.tensor(model.tok.convert_tokens_to_ids(list("ABCDEF")))
+    kept = narrow(sample, letters)
+    assert torch.isin(sample["ids"], letters).sum() > 1
+    assert model.tok.decode(sample["ids"][kept["is_text"]]) == "B"
+    assert torch.equal(narrow(sample, letters[:0])["is_text"], sample["is_text"])
+
+
+def test_a_run_on_letters_alone(tiny, tmp_path, capsys):
+    """The loss is that of the letters, one of four options, and the first sample shows what it sees."""
+    log, _ = train(tiny, tmp_path / "run", "SUPERVISE=letters", "STEPS=1", "K=0")
+    assert "<answer>[B]. Pan Right" in capsys.readouterr().out
+    assert log[0]["ce"] == pytest.approx(math.log(448), abs=0.5)
 
 
 def test_a_line_of_the_log():
@@ -393,6 +411,7 @@ def test_bad_input_ends_the_program_with_one_line(tiny, tmp_path):
         ("COT=words", "train_words.jsonl"),
         ("POOLING=gird", "POOLING"),
         ("RESUME=yes", "RESUME"),
+        ("SUPERVISE=some", "SUPERVISE=some"),
         ("K=64", "K=64"),  # an overlay has 12 tokens
         ("SUFFIX=@none", "none"),
     ],

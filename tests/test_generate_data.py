@@ -376,29 +376,50 @@ def test_rejected_rows_are_made_again_and_then_dropped():
 
 
 def test_option_rows_are_answered():
-    """The text-only questions are answered by the option that was asked for."""
-    for number in range(0, 60, 2):
-        row = gd.option_row("pretrain", number)["row"]
-        assert row["subtask"] == "options" and row["image_input"] == []
-        asked = re.search(r'says "(.*)"\.', row["text_input"])[1]
-        answer = re.search("<answer>(.*)</answer>", row["text_output"])[1]
-        assert answer.endswith(". " + asked) and answer in row["text_input"].split("\n")
-        assert gd.option_row("pretrain", number + 1)["row"]["subtask"] == "drill"
+    """Every third text-only question names an option, which answers it; the others are drills."""
+    for number in range(0, 90, 3):
+        rows = [gd.option_row("pretrain", number + turn)["row"] for turn in range(3)]
+        assert [row["subtask"] for row in rows] == ["near", "far", "options"]
+        assert all(row["image_input"] == [] for row in rows)
+        asked = re.search(r'says "(.*)"\.', rows[2]["text_input"])[1]
+        answer = re.search("<answer>(.*)</answer>", rows[2]["text_output"])[1]
+        assert answer.endswith(". " + asked) and answer in rows[2]["text_input"].split("\n")
 
 
-def test_a_drill_names_the_letters_of_its_options():
-    """Eight labels of the list with their letters, at growing distances."""
+def check_pairs(text, options, gaps):
+    """Every label of a drill's text, with one of the gaps and its letter, is in the list -> the letters."""
+    letters = []
+    for gap in gaps:
+        label = next(x[3:] for x in options if text.startswith(x[3:] + gap + x[0]))
+        letters.append(text[len(label + gap)])
+        assert f"{letters[-1]}. {label}" in options
+        text = text[len(label + gap) + 1 :].removeprefix("\n")
+    assert text == ""
+    return letters
+
+
+def test_a_far_drill_names_the_letters_of_its_options():
+    """Eight labels of the question's list with their letters, at growing distances."""
     seen = set()
     for number in range(60):
-        question, answer = gd.drill(np.random.default_rng(number))
+        question, answer = gd.drill(np.random.default_rng(number), is_near=False)
         options = question.split("\n\n")[1].split("\n")
         assert len(options) == len(set(options)) == 4
-        for glued, label, letter, far, _, letter_far, longest, last in zip(*[iter(answer.split("\n"))] * 8):
-            pairs = [(glued[-1], glued[:-1]), (letter, label), (letter_far, far.removesuffix("."))]
-            pairs.append((last, longest.removesuffix(" fits, so this is the one to choose:")))
-            assert all(f"{letter}. {name}" in options for letter, name in pairs)
-            seen |= {letter for letter, _ in pairs}
-        assert len(answer.split("\n")) == 16
+        seen |= set(check_pairs(answer, options, ("", "\n", ".\n", ".</think>\n<answer>") * 2))
+    assert seen == set("ABCD")
+
+
+def test_a_near_drill_copies_each_list_before_its_labels():
+    """Three lists of four as in the question, after each six labels with their letters."""
+    seen = set()
+    for number in range(20):
+        question, answer = gd.drill(np.random.default_rng(number), is_near=True)
+        lists, parts = question.split("\n\n")[1:], answer.split("\n\n")
+        assert len(lists) == len(parts) == 3
+        for listed, part in zip(lists, parts):
+            assert part.startswith(listed + "\n")
+            options = listed.split("\n")
+            seen |= set(check_pairs(part.removeprefix(listed + "\n"), options, ("", "\n") * 3))
     assert seen == set("ABCD")
 
 
@@ -421,7 +442,7 @@ def test_rows_of_the_three_forms_ask_the_same(folder):
 
 def test_files_are_read_by_the_other_stages(folder):
     """read_rows takes every jsonl, so the images exist; frames are of SIZE; meta.json counts right."""
-    no_key = ("grounding", "fine", "drill")
+    no_key = ("grounding", "fine", "near", "far")
     for path in sorted(folder.glob("*.jsonl")):
         for row in read_rows(path):
             assert len(row["times"]) == len(row["image_input"])
