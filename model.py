@@ -824,6 +824,7 @@ def make_tiny(out, data, config="assets/tiny_network.json", vocab=1024, seed=0):
     net.save_pretrained(out)
     tok.save_pretrained(out)
     file = Path(out) / "tokenizer.json"
-    table = json.loads(file.read_text())  # "<answer>A" must hold the token "A" of the option lines, not ">A"
-    table["model"]["merges"] = [x for x in table["model"]["merges"] if not re.match(">[A-F]", "".join(x))]
+    table, glued = json.loads(file.read_text()), re.compile("[^Ġ-][A-F]$")
+    # "<answer>A" and "blueA" must hold the very token "A" that begins an option's line
+    table["model"]["merges"] = [x for x in table["model"]["merges"] if not glued.search("".join(x))]
     file.write_text(json.dumps(table))

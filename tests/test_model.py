@@ -1336,6 +1336,18 @@ def test_attention_is_pinned_and_weights_are_float32(tiny, model, tmp_path):
     }
 
 
+def test_a_letter_is_one_token_wherever_it_stands(tiny, tmp_path):
+    """Even if the corpus has "blueB" so often that the tokenizer would merge it; "-Clockwise" stays whole."""
+    (tmp_path / "data").mkdir()
+    row = {"text": "<answer>B</answer> blueB whiteC LeftA\nblueB whiteC LeftA Counter-Clockwise"}
+    (tmp_path / "data" / "rows.jsonl").write_text((json.dumps(row) + "\n") * 50)
+    model_py.make_tiny(tmp_path / "base", tmp_path / "data", tiny / "config.json")
+    tok = AutoTokenizer.from_pretrained(tmp_path / "base")
+    pieces = tok.tokenize(row["text"])
+    assert [piece for piece in pieces if piece in "ABC"] == list("BBCABCA")
+    assert "-Clockwise" in pieces and tok.decode(tok(row["text"])["input_ids"]) == row["text"]
+
+
 def test_a_tiny_network_is_reproducible_and_speaks_its_data(tiny, rows, tmp_path):
     write_data(tmp_path / "data")
     model_py.make_tiny(tmp_path / "base", tmp_path / "data", tiny / "config.json")
