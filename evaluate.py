@@ -39,7 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from model import Images, check, encode_row, generate, video_grid
 from model import init_distributed, load_model, newest_checkpoint, read_rows, set_constants
@@ -78,7 +78,8 @@ PLAIN = {"video": "", "latents": "", "max_new": 512, "batch": 64, "seed": 0}  # 
 PLAIN |= {"temperature": 0.0, "top_p": 1.0, "fps": 1.0, "max_frames": 50}
 BENCHES = json.loads((Path(__file__).parent / "assets" / "benchmarks.json").read_text(encoding="utf-8"))
 CURVES = "loss ce sim cosine retrieval gnorm lr reward acc fmt holdout length kl entropy".split()  # drawn
-TEMPLATE = Path(__file__).parent / "assets" / "report.html"
+PAGE = (Path(__file__).parent / "assets" / "report.html").read_text(encoding="utf-8")
+PARTS = dict(re.findall(r"<!-- part (\w+) -->\n(.*?)<!-- end -->", PAGE, flags=re.S))
 FILM, HEAT = 194, 128  # pixels: width of a film frame and of a heat map
 FRAMES, PAIRS = 8, 4  # film frames and heat maps drawn at most, evenly spaced
 COLOURS = {"black": "#260c51", "mid": "#21918c", "white": "#fde725"}  # heat, low to high
@@ -89,12 +90,9 @@ COLOURS = {"black": "#260c51", "mid": "#21918c", "white": "#fde725"}  # heat, lo
 
 def parse_answer(text, letters="ABCDEF"):
     """The letter of the one <answer>...</answer>: "B", "(B)", "B. Left" give B; "b", "Back" give None."""
-    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
-        return None
-    letter = r"\s*(?:\(([A-F])\)|([A-F]))(?=[.:)\s]|</answer>)"
-    found = re.search(f"<answer>{letter}.*</answer>", text, flags=re.S)
-    letter = (found[1] or found[2]) if found else None
-    return letter if letter and letter in letters else None
+    once = text.count("<answer>") == text.count("</answer>") == 1
+    found = re.search(r"<answer>\s*(\()?([A-F])(?(1)\))(?=[.:)\s]|</answer>).*</answer>", text, flags=re.S)
+    return found[2] if once and found and found[2] in letters else None
 
 
 def release_answer(text, letters="ABCD"):
@@ -104,9 +102,8 @@ def release_answer(text, letters="ABCD"):
     """
     text, openings = text.split("<|im_end|>")[0], "|".join(BENCHES["openings"])
     tagged = re.search("<answer>(.*?)</answer>", text, flags=re.S | re.I)
-    parts = [re.sub(openings, "", part) for part in ([tagged[1], text] if tagged else [text])]
-    found = [letter for part in parts for letter in re.findall(f"[{letters}]", part)]
-    return found[0] if found else ""
+    said = "".join(re.sub(openings, "", part) for part in ([tagged[1], text] if tagged else [text]))
+    return re.search(rf"[{letters}]|\Z", said)[0]
 
 
 def judge(row, index, answer, K):
@@ -147,9 +144,8 @@ def count(results):
     low, high = wilson(correct, n)
     score = {"n": n, "correct": correct, "accuracy": correct / max(n, 1), "low": low, "high": high}
     score |= {"release": mean(result["hit"] for result in results), "note": ""}
-    score["chance"] = mean(1 / result["options"] for result in results)
-    score["retrieval"] = mean(block["retrieval"] for result in results for block in result["imagery"])
-    return score
+    found = [block["retrieval"] for result in results for block in result["imagery"]]
+    return score | {"chance": mean(1 / result["options"] for result in results), "retrieval": mean(found)}
 
 
 def three_of_four(results):
@@ -196,11 +192,11 @@ def summarise(results, groups=BENCHES["groups"]):
 
 def describe(summary):
     """The part of a summary that is no table, as lines of text with the names of summary.json."""
-    names, imagery = "macro release_macro differ no_answer cut blocks tokens", dict(summary["imagery"])
-    lines = [", ".join(f"{name} {summary[name]:.4g}" for name in names.split())]
-    cosine = " ".join(f"{value:.3f}" for value in imagery.pop("cosine"))
-    lines.append(", ".join(f"{name} {value:.4g}" for name, value in imagery.items() if value is not None))
-    return [*lines, f"centred cosine per latent {cosine}"] if imagery["compared"] else lines[:1]
+    parts = [part.items() for part in (summary, summary["imagery"])]
+    parts = [[f"{name} {x:.4g}" for name, x in part if isinstance(x, (int, float))] for part in parts]
+    cosine = " ".join(f"{value:.3f}" for value in summary["imagery"]["cosine"])
+    lines = [*map(", ".join, parts), f"centred cosine per latent {cosine}"]
+    return lines if cosine else lines[:1]
 
 
 # ---------------------------------------------------------------- benchmarks
@@ -348,9 +344,8 @@ def add_frames(rows, rank=0, world=1, **how):
 
 def alike(rows, index):
     """Indices of the questions of a row's subtask on other clips."""
-    clip, subtask = rows[index]["clip"], rows[index]["subtask"]
-    there = [i for i, row in enumerate(rows) if not row.get("lost")]
-    return [i for i in there if rows[i]["subtask"] == subtask and rows[i]["clip"] != clip]
+    same = [i for i, row in enumerate(rows) if row["subtask"] == rows[index]["subtask"]]
+    return [i for i in same if rows[i]["clip"] != rows[index]["clip"] and not rows[i].get("lost")]
 
 
 def other_clip(rows, index, seed):
@@ -466,9 +461,8 @@ def answer(model, rows, batch, how, truth, images=None):
     """
     tables = [truth(i) for i in batch] if how["latents"] == "oracle" else None
     if how["latents"] == "swap":
-        donors = [other_clip(rows, i, how["seed"]) for i in batch]
-        plain = answer(model, rows, donors, how | {"latents": ""}, truth, images)
-        tables = [result["latents"] for result in plain]
+        donors, plain = [other_clip(rows, i, how["seed"]) for i in batch], how | {"latents": ""}
+        tables = [made["latents"] for made in answer(model, rows, donors, plain, truth, images)]
     samples = [encode_row(model, see(rows, i, how["video"], how["seed"]), answer=False) for i in batch]
     seeds = [random.Random(f"{how['seed']} {i}").getrandbits(60) for i in batch]  # not of their batch-mates
     dice = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -516,9 +510,8 @@ def settings_of(model, rows, how):
     """What the answers in one folder share: weights (a sum over the first of each), questions, how."""
     weights = sum(weight.flatten()[0].item() for weight in model.net.state_dict().values())
     questions = zlib.crc32("".join(row["text_input"] for row in rows).encode())
-    same = {name: value for name, value in how.items() if name != "batch"}
-    same |= {name: getattr(model.net.config, name) for name in ("prompt_suffix", "seconds_per_pair")}
-    return {"weights": weights, "questions": questions, **same}
+    same = how | {name: getattr(model.net.config, name) for name in ("prompt_suffix", "seconds_per_pair")}
+    return {"weights": weights, "questions": questions} | {x: same[x] for x in same if x != "batch"}
 
 
 def open_folder(out, settings, resume, rank):
@@ -533,6 +526,7 @@ def open_folder(out, settings, resume, rank):
         out.mkdir(parents=True, exist_ok=True)
         write(out / "results.jsonl", to_lines(done.values()))
         write(file, json.dumps(settings))
+        print(f"{out}: {len(done)} answers are there already")
     return done
 
 
@@ -544,17 +538,14 @@ def evaluate(model, rows, out=None, how=None, limit=0, resume=True, rank=0, worl
     """
     how, out = PLAIN | (how or {}), Path(out) if out else None
     first = rows[: limit or None]
-    for row in first:
-        fine = row["key"] and set(row["key"]) <= set(row["options"])
-        check(fine, f"{row['where']}: no options with a key to score by; drop it.")
+    bad = [row["where"] for row in first if not row["key"] or set(row["key"]) - set(row["options"])]
+    check(not bad, f"{''.join(bad[:1])}: no options with a key to score by; drop it.")
     lost = [f"{row['where']}: {row['lost']}" for row in first if row.get("lost")]
     asked = [i for i, row in enumerate(first) if not row.get("lost")]
     check(asked, f"No question has a video; {lost[:1]}; set VIDEOS.")
     settings, was_training = settings_of(model, rows, how), model.training
     done = open_folder(out, settings, resume, rank) if out else {}
     todo = [batch for batch in plan(rows, asked, how["batch"]) if not done.keys() >= set(batch)]
-    say = print if out and rank == 0 else lambda *words, **how: None
-    say(f"{out}: {len(done)} answers are there already, {len(todo)} batches to go")
     truth = functools.cache(lambda i: true_latents(model, rows[i], images))
     model.eval()
     for at in range(0, len(todo), world):
@@ -566,10 +557,10 @@ def evaluate(model, rows, out=None, how=None, limit=0, resume=True, rank=0, worl
         if out and rank == 0:
             with open(out / "results.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_lines(new.values()))
-        say(f"evaluate {len(done):5d} | {100 * count(done.values())['accuracy']:5.1f} % right", flush=True)
+            right = 100 * count(done.values())["accuracy"]
+            print(f"evaluate {len(done):5d}/{len(asked)} | {right:5.1f} % right", flush=True)
     model.train(was_training)
-    summary = summarise([done[i] for i in asked]) | {"settings": settings}
-    summary["left_out"] = lost
+    summary = summarise([done[i] for i in asked]) | {"settings": settings, "left_out": lost}
     summary["scores"]["micro"]["note"] = f"{len(lost)} left out: no video" if lost else ""
     if out and rank == 0:
         write(out / "results.jsonl", to_lines(done[i] for i in sorted(done)))
@@ -577,12 +568,16 @@ def evaluate(model, rows, out=None, how=None, limit=0, resume=True, rank=0, worl
     return summary
 
 
+def percents(score):
+    """The shares of a score in percent, as text."""
+    return {name: f"{100 * score[name]:.1f}" for name in ("accuracy", "low", "high", "release", "chance")}
+
+
 def print_table(summary):
     """Prints the scores, a line each, and the rest."""
     print(f"{'':20}     n  right       %   95 % interval  release  chance  retrieval")
     for name, s in summary["scores"].items():
-        percent = {key: 100 * s[key] for key in ("accuracy", "low", "high", "release", "chance")}
-        share = "{accuracy:8.1f}{low:8.1f} - {high:5.1f}{release:9.1f}{chance:8.1f}".format(**percent)
+        share = "{accuracy:>8}{low:>8} - {high:>5}{release:>9}{chance:>8}".format(**percents(s))
         found = "" if s["retrieval"] is None else f"{s['retrieval']:11.3f}"
         print(f"{name:20}{s['n']:6d}{s['correct']:7d}{share}{found}  {s['note']}".rstrip())
     print("\n".join(describe(summary)))
@@ -612,13 +607,11 @@ def heat_maps(blocks, tokens, common):
 def tile(path, width, label, heat=None):
     """An image scaled to a width, with a label; in grey under its heat map (h, w) in 0..1 if there is one."""
     with Image.open(path) as image:
-        size = (width, round(width * image.height / image.width))
-        image = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        image = ImageOps.scale(image.convert("RGB"), width / image.width, Image.Resampling.LANCZOS)
     if heat is not None:
-        heat = Image.fromarray((255 * heat).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+        heat = Image.fromarray((255 * heat).astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
         image = Image.blend(image.convert("L").convert("RGB"), ImageOps.colorize(heat, **COLOURS), 0.6)
-    font = ImageFont.load_default(24)
-    ImageDraw.Draw(image).text((5, 2), label, "white", font, stroke_width=2, stroke_fill="black")
+    ImageDraw.Draw(image).text((5, 2), label, "white", font_size=24, stroke_width=2, stroke_fill="black")
     return image
 
 
@@ -644,116 +637,93 @@ def video_tokens(model, row, images):
     return torch.stack(pairs).unflatten(1, (h // merge, -1)), F.normalize(pooled, dim=-1).mean(dim=0)
 
 
-def draw_film(row):
-    """The frames with their times, four in a line."""
-    frames = thin(list(zip(row["image_input"], row["times"])), FRAMES)
-    tiles = [tile(path, FILM, f"{time:g} s") for path, time in frames]
-    return stack([stack(tiles[at : at + 4], down=False) for at in range(0, len(tiles), 4)])
-
-
-def draw_block(row, maps, overlay):
-    """The true overlay, beside it the heat maps (1 or 2, t, h, w) of the made and the true latents."""
-    pair = math.ceil(len(row["image_input"]) / maps.shape[1])
-    frames = list(zip(row["image_input"][::pair], row["times"][::pair]))
-    lines = []
+def draw_block(row, maps, overlays):
+    """The true overlay, if any, beside the heat maps (1 or 2, t, h, w) of the made and the true latents."""
+    pair, lines = math.ceil(len(row["image_input"]) / maps.shape[1]), []
     for name, line in zip(("made", "true"), maps.numpy()):
-        shown = thin(list(zip(frames, line)), PAIRS)
-        tiles = [tile(path, HEAT, f"{name} {time:g} s", heat) for (path, time), heat in shown]
+        shown = thin(list(zip(row["image_input"][::pair], row["times"][::pair], line)), PAIRS)
+        tiles = [tile(path, HEAT, f"{name} {time:g} s", heat) for path, time, heat in shown]
         lines.append(stack(tiles, down=False))
-    beside = [tile(overlay, 2 * HEAT + 4, "true overlay")] if overlay else []
+    beside = [tile(overlay, 2 * HEAT + 4, "true overlay") for overlay in overlays]
     return stack([*beside, stack(lines)], down=False)
 
 
-def depict(model, rows, result, how, truth, images):
-    """What is drawn of an answer: {"row", "result", "film": [image], "blocks": [image]}."""
-    index, blocks = result["row"], []
+def depict(model, rows, index, how):
+    """Answers a row and draws that: {"row", "result", "film": [image], "blocks": [image]}."""
+    images, blocks = Images(model, cache=True), []
+    truth = functools.cache(lambda i: true_latents(model, rows[i], images))
+    result = answer(model, rows, [index], how, truth, images)[0]
     row, true = see(rows, index, how["video"], how["seed"]), truth(index)
     if row["image_input"] and len(result["latents"]):
         tokens, common = video_tokens(model, row, images)
         for number, made in enumerate(result["latents"]):
-            known = number < len(true)  # the model may imagine more blocks than there are true ones
-            maps = heat_maps(torch.stack([made, true[number]] if known else [made]), tokens, common)
-            blocks.append(draw_block(row, maps, row["image_output"][number] if known else None))
-    film = [draw_film(row)] if row["image_input"] else []
+            own = slice(number, number + 1)  # nothing, where more blocks are imagined than are true
+            maps = heat_maps(torch.cat([made[None], true[own]]), tokens, common)
+            blocks.append(draw_block(row, maps, row["image_output"][own]))
+    frames = thin(list(zip(row["image_input"], row["times"])), FRAMES)
+    tiles = [tile(path, FILM, f"{time:g} s") for path, time in frames]
+    film = [stack(tiles[at : at + 4], down=False) for at in range(0, len(tiles), 4)]
     return {"row": row, "result": result, "film": film, "blocks": blocks}
 
 
 def verdict(row, result):
     """The key and the answer as one line."""
-    named = {letter: f"{letter}. {text}" for letter, text in row["options"].items()}
+    named = {None: "nothing"} | {letter: f"{letter}. {text}" for letter, text in row["options"].items()}
     keys = " or ".join(named[letter] for letter in result["key"] or "")
-    given = f"answered: {named.get(result['answer'], 'nothing')}"
-    return f"Key: {keys} | {given}" if keys else given
-
-
-def picture(samples):
-    """Some answers side by side: film strip, and the heat maps of each imagined block."""
-    columns = [stack([*sample["film"], *sample["blocks"]], gap=12) for sample in samples]
-    return stack(columns, down=False, gap=40)
+    return (f"Key: {keys} | " if keys else "") + f"answered: {named[result['answer']]}"
 
 
 # ---------------------------------------------------------------- the report
 
 
-class Html(str):
-    """Text that is HTML already; what is not gets escaped when a part of the template is filled in."""
+def fill(part, raw=(), **fields):
+    """A part of the template with its $fields: those of `raw` are HTML already, the others get escaped."""
+    safe = {name: html.escape(str(value)) for name, value in fields.items()}
+    return string.Template(PARTS[part]).substitute(safe, **dict(raw))
 
 
-def fill(part, **fields):
-    """A part of the template with its $fields -> Html."""
-    safe = {name: x if isinstance(x, Html) else html.escape(str(x)) for name, x in fields.items()}
-    return Html(part.substitute(safe))
-
-
-def show(part, name, image):
+def show(name, image):
     """An image inside the page itself."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=88)
-    return fill(part, name=name, bytes=base64.b64encode(file.getvalue()).decode())
+    image.save(file := io.BytesIO(), "JPEG", quality=88)
+    return fill("image", name=name, bytes=base64.b64encode(file.getvalue()).decode())
 
 
-def curve(part, name, entries):
+def curve(name, entries):
     """One logged field as a line of SVG; nothing where it has fewer than two finite values."""
     points = [(entry["step"], entry[name]) for entry in entries if isinstance(entry.get(name), (int, float))]
     points = thin([(step, value) for step, value in points if math.isfinite(value)], 400)
     if len(points) < 2:
-        return Html()
-    steps, values = zip(*points)
-    low, high = min(values), max(values)
-    box = f"{steps[0]} {-high:.6g} {steps[-1] - steps[0]} {max(high - low, 1e-9):.6g}"  # SVG's y points down
+        return ""
+    steps, values = zip(*points)  # SVG's y points down
+    box = f"{steps[0]} {-max(values):.6g} {steps[-1] - steps[0]} {max(np.ptp(values), 1e-9):.6g}"
     line = " ".join(f"{step},{-value:.6g}" for step, value in points)
-    return fill(part, name=name, box=box, points=line, steps=steps[-1], last=f"{values[-1]:.3g}")
+    return fill("curve", name=name, box=box, points=line, steps=steps[-1], last=f"{values[-1]:.3g}")
 
 
-def sample_card(parts, sample):
+def sample_card(sample):
     """One question, its film strip, and the answer's text with heat maps where the latent blocks are."""
     row, result = sample["row"], sample["result"]
     block = r"&lt;\|latent_start\|&gt;(&lt;\|latent_pad\|&gt;)*(&lt;\|latent_end\|&gt;)?"
-    images = iter([show(parts["image"], "imagery", image) for image in sample["blocks"]])
+    images = iter([show("imagery", image) for image in sample["blocks"]])
     said = html.escape(result["text"].removesuffix("<|im_end|>").strip())
-    said = Html(re.sub(block, lambda _: next(images, "[imagery]"), said))
-    fields = {"subtask": result["subtask"], "where": result["where"], "question": row["text_input"]}
-    marks = {True: "right", False: "wrong", None: "asked"}
-    fields |= {"mark": marks[result["correct"] if result["key"] else None], "verdict": verdict(row, result)}
-    fields["film"] = Html("".join(show(parts["image"], "film strip", image) for image in sample["film"]))
-    return fill(parts["sample"], spoken=said, **fields)
+    raw = {"spoken": re.sub(block, lambda _: next(images, "[imagery]"), said)}
+    raw["film"] = "".join(show("film strip", image) for image in sample["film"])
+    mark = ("right" if result["correct"] else "wrong") if result["key"] else "asked"
+    fields = {"mark": mark, "question": row["text_input"], "verdict": verdict(row, result)}
+    return fill("sample", raw, **result | fields)
 
 
 def report(summary, samples, entries):
     """The whole page, self-contained: images and curves inside, no script, nothing fetched."""
-    found = re.findall(r"<!-- part (\w+) -->\n(.*?)<!-- end -->", TEMPLATE.read_text("utf-8"), flags=re.S)
-    parts = {name: string.Template(text) for name, text in found}
-    results, scores = [sample["result"] for sample in samples], summary.get("scores", {})
-    facts = describe(summary) if scores else []
-    pieces = {"facts": [fill(parts["fact"], text=line) for line in facts], "bars": []}
-    for name, score in scores.items():
-        percent = {key: f"{100 * score[key]:.1f}" for key in ("accuracy", "low", "high", "release", "chance")}
-        pieces["bars"].append(fill(parts["bar"], **score | percent | {"name": name}))
-    pieces["filters"] = [fill(parts["filter"], name=name) for name in in_order(results)]
-    pieces["curves"] = [curve(parts["curve"], name, entries) for name in CURVES]
-    pieces["samples"] = [sample_card(parts, sample) for sample in samples]
-    pieces = {name: Html("".join(piece)) for name, piece in pieces.items()}
-    return fill(parts["page"], settings=json.dumps(summary["settings"]), **pieces)
+    scores, results = summary.get("scores", {}), [sample["result"] for sample in samples]
+    pieces = {"facts": [fill("fact", text=line) for line in describe(summary)] if scores else []}
+    bars = {name: score | percents(score) | {"name": name} for name, score in scores.items()}
+    pieces["bars"] = [fill("bar", **bar) for bar in bars.values()]
+    pieces["filters"] = [fill("filter", name=name) for name in in_order(results)]
+    pieces["curves"] = [curve(name, entries) for name in CURVES]
+    pieces["samples"] = [sample_card(sample) for sample in samples]
+    pieces = {name: "".join(piece) for name, piece in pieces.items()}
+    return fill("page", pieces, settings=json.dumps(summary["settings"]))
 
 
 def draw(model, rows, out, log="", samples=8):
@@ -762,38 +732,24 @@ def draw(model, rows, out, log="", samples=8):
     log: the training run's log.jsonl, for the curves. The report also shows the scores of the controls that
     stand beside `out`, such as eval_video-none.
     """
-    out, images = Path(out), Images(model, cache=True)
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     how, results, chosen = PLAIN | summary["settings"], read_lines(out / "results.jsonl"), []
     for correct in (True, False):
-        some = [result["row"] for result in results if result["correct"] == correct]
-        chosen += thin(some, max(1, samples // 2))
-    truth = functools.cache(lambda i: true_latents(model, rows[i], images))
-    answers = [answer(model, rows, [i], how, truth, images)[0] for i in chosen]
-    drawn = [depict(model, rows, result, how, truth, images) for result in answers]
+        chosen += thin([r["row"] for r in results if r["correct"] == correct], max(1, samples // 2))
+    drawn = [depict(model, rows, index, how) for index in chosen]
     if how["video"] != "none":
-        picture([drawn[0], drawn[-1]]).save(out / "picture.png")
+        columns = [stack([*one["film"], *one["blocks"]], gap=12) for one in (drawn[0], drawn[-1])]
+        stack(columns, down=False, gap=40).save(out / "picture.png")
     for file in sorted(out.parent.glob(f"{out.name}_*/summary.json")):
         summary["scores"][file.parent.name] = json.loads(file.read_text(encoding="utf-8"))["scores"]["micro"]
     write(out / "report.html", report(summary, drawn, read_lines(log) if log else []))
 
 
-def ask(model, row, how, out):
-    """Answers a question of the user's own, prints the answer, and draws out/report.html."""
-    images, none = Images(model, cache=True), torch.zeros(0)
-    check(not row["lost"], f"VIDEO_FILE: {row['lost']}.")
-    result = answer(model, [row], [0], how, lambda index: none, images)[0]
-    drawn = depict(model, [row], result, how, lambda index: none, images)
-    print(result["text"], verdict(row, result), out / "report.html", sep="\n")
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "report.html", report({"settings": settings_of(model, [row], how)}, [drawn], []))
-
-
 if __name__ == "__main__":
     constants = set_constants(globals())
     for name, known in CONTROLS.items():
-        value = constants[name]
-        check(value in ("", *known), f"{name}={value} is none of {', '.join(known)}; leave it out for none.")
+        fine = constants[name] in ("", *known)
+        check(fine, f"{name}={constants[name]} is none of {', '.join(known)}; leave it out for none.")
     rank, world, device = init_distributed()
     kind = "ask" if ASK else BENCH if BENCH != "toy" else "eval"
     check(kind == "eval" or LATENTS != "oracle", "LATENTS=oracle needs true overlays; there are none here.")
@@ -807,7 +763,11 @@ if __name__ == "__main__":
     out = Path(OUT or Path(MODEL) / f"{kind}{suffix}")
     how = {name: constants[name.upper()] for name in PLAIN}
     if ASK:
-        ask(model, rows[0], how, out)
+        check(not rows[0]["lost"], f"VIDEO_FILE: {rows[0]['lost']}.")
+        drawn = depict(model, rows, 0, how)
+        print(drawn["result"]["text"], verdict(rows[0], drawn["result"]), out / "report.html", sep="\n")
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / "report.html", report({"settings": settings_of(model, rows, how)}, [drawn], []))
     else:
         summary = evaluate(model, rows, out, how, LIMIT, RESUME, rank, world)
         if rank == 0:
