@@ -2,7 +2,9 @@
 
 In:  a checkpoint of dift.py or grpo4d.py (MODEL), and rows of generate_data.py or a benchmark's files (DATA).
 Out: OUT/results.jsonl (a line per question, written as they finish; a rerun goes on where it stopped),
-     OUT/settings.json, OUT/summary.json, OUT/picture.png, OUT/report.html
+     OUT/settings.json, OUT/summary.json, OUT/picture.png, OUT/report.html; of DSR-Bench also
+     OUT/results_summary.json as the release's. With SEEDS=3 all but picture and page is in OUT/seed_0 to
+     OUT/seed_2, and OUT holds the mean and spread.
 
     python evaluate.py MODEL=out/dift                                      # laptop
     python evaluate.py MODEL=out/dift BENCH=dsi DATA=metadatas VIDEOS=videos FPS=5 BATCH=16    # one GPU
@@ -10,7 +12,9 @@ Out: OUT/results.jsonl (a line per question, written as they finish; a rerun goe
     python evaluate.py ASK="How does it move?" VIDEO_FILE=x.mp4 OPTIONS="left|right"     # one question
 
 Differs from the paper:
-- greedy, in a fixed order: a second run gives the same digits (release: temperature 0.7, top-p 0.9)
+- greedy, in a fixed order: a second run gives the same digits (release: temperature 0.7, top-p 0.9, one
+  seed; here SEEDS=3 TEMPERATURE=0.7 TOP_P=0.9 gives mean and spread)
+- the frames' seconds may stand before the question (TIMES_IN_PROMPT)
 - the parser is strict: one <answer> with a letter, or no answer; the release's rule is counted beside it
 - benchmarks are scored by these two rules alone (VLM4D's authors: a language model judges)
 - a video's frames pass through JPEG (quality 95) on disk, as the frames of the release's training data
@@ -34,6 +38,7 @@ import zlib
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import stdev
 
 import numpy as np
 import torch
@@ -54,6 +59,7 @@ CACHE = "out/frames"  # folder for the frames of decoded videos; may be deleted
 BENCH = "toy"  # toy | dsr | dyn | vlm4d | dsi
 FPS = 1.0  # frames a second of a video (release); DSI-Bench's authors take 5
 MAX_FRAMES = 50  # of a video, evenly spaced where there are more (release)
+TIMES_IN_PROMPT = False  # True: the seconds of the frames stand before the question (ours)
 LIMIT = 0  # questions, the first so many of the file; 0: all
 VIDEO = ""  # "" | none | other (another clip's frames) | shuffled (frames in another order) (ours)
 ASK = ""  # a question of your own about VIDEO_FILE, in place of all others
@@ -72,10 +78,11 @@ SAMPLES = 8  # answers drawn in the report
 BATCH = 64  # questions answered at once
 RESUME = True  # False: answer all again
 SEED = 0  # of sampling, VIDEO=other and shuffled, LATENTS=noise and swap
+SEEDS = 1  # runs, with SEED, SEED + 1 ...; more than 1: each in OUT/seed_<its seed>, mean and spread in OUT
 
 CONTROLS = {"VIDEO": "none other shuffled".split(), "LATENTS": "zero noise pad swap oracle".split()}
 PLAIN = {"video": "", "latents": "", "max_new": 512, "batch": 64, "seed": 0}  # how evaluate asks unless told
-PLAIN |= {"temperature": 0.0, "top_p": 1.0, "fps": 1.0, "max_frames": 50}
+PLAIN |= {"temperature": 0.0, "top_p": 1.0, "fps": 1.0, "max_frames": 50, "times_in_prompt": False}
 BENCHES = json.loads((Path(__file__).parent / "assets" / "benchmarks.json").read_text(encoding="utf-8"))
 CURVES = "loss ce sim cosine retrieval gnorm lr reward acc fmt holdout length kl entropy".split()  # drawn
 PAGE = (Path(__file__).parent / "assets" / "report.html").read_text(encoding="utf-8")
@@ -166,8 +173,7 @@ def three_of_four(results):
 def in_order(results):
     """The subtasks of some results, in the order of their benchmark, else of the alphabet."""
     known = [name for subtasks in BENCHES["subtasks"].values() for name in subtasks.values()]
-    names = {result["subtask"] for result in results}
-    return sorted(names, key=lambda name: (name in known and known.index(name), name))
+    return sorted({r["subtask"] for r in results}, key=lambda x: (x in known and known.index(x), x))
 
 
 def summarise(results, groups=BENCHES["groups"]):
@@ -190,27 +196,65 @@ def summarise(results, groups=BENCHES["groups"]):
     return summary | {"imagery": imagery}
 
 
+def average(values):
+    """Mean of numbers, or of dicts and lists entry by entry: [{"a": 1}, {"a": 2}] -> {"a": 1.5}.
+
+    None and empty lists do not count; what is alike in all stays as it is.
+    """
+    if isinstance(values[0], dict):
+        return {name: average([value[name] for value in values]) for name in values[0]}
+    if isinstance(values[0], list):
+        return [average(column) for column in zip(*filter(None, values))]
+    return values[0] if len(set(values)) == 1 else mean(value for value in values if value is not None)
+
+
+def over_seeds(summaries):
+    """The summaries of runs with several seeds over the same questions -> one with their means and spreads.
+
+    `..._spread`: standard deviation of runs (divisor: runs - 1). The interval is for the mean share and the n
+    questions, which more seeds do not make more.
+    """
+    summary = average(summaries) | {"settings": summaries[0]["settings"], "seeds": len(summaries)}
+    summary |= {f"{x}_spread": stdev(one[x] for one in summaries) for x in ("macro", "release_macro")}
+    for name, score in summary["scores"].items():
+        for rule in ("accuracy", "release"):
+            score[f"{rule}_spread"] = stdev(one["scores"][name][rule] for one in summaries)
+        score["low"], score["high"] = wilson(score["correct"], score["n"])
+        score["note"] += " ± {accuracy_spread:.1%}, release ± {release_spread:.1%}".format(**score)
+    return summary
+
+
+def release_summary(results, summary):
+    """DSR-Bench: what the release writes as its summary, by its rule; no question: null."""
+    n, lost, scores = len(results), len(summary["left_out"]), summary["scores"]
+    told = {"total": n + lost, "eval_count": n, "skipped": lost, "accuracy": scores["micro"]["release"]}
+    told["correct"] = sum(result["hit"] for result in results)
+    hits = {x: [r["hit"] for r in results if r["subtask"] == x] for x in BENCHES["subtasks"]["dsr"].values()}
+    for field, pool in {"accuracy": mean, "correct": sum, "total": len}.items():
+        told[f"subtask_{field}"] = {name: pool(some) for name, some in hits.items()}
+    return told | {"subtask_macro_avg": summary["release_macro"], "subtask_columns_order": [*hits, "Avg"]}
+
+
 def describe(summary):
     """The part of a summary that is no table, as lines of text with the names of summary.json."""
-    parts = [part.items() for part in (summary, summary["imagery"])]
-    parts = [[f"{name} {x:.4g}" for name, x in part if isinstance(x, (int, float))] for part in parts]
-    cosine = " ".join(f"{value:.3f}" for value in summary["imagery"]["cosine"])
-    lines = [*map(", ".join, parts), f"centred cosine per latent {cosine}"]
-    return lines if cosine else lines[:1]
+    imagery, number = summary["imagery"], (int, float)
+    parts = [[f"{k} {x:.4g}" for k, x in d.items() if isinstance(x, number)] for d in (summary, imagery)]
+    cosine = f"centred cosine per latent {' '.join(f'{value:.3f}' for value in imagery['cosine'])}"
+    return [*map(", ".join, parts), cosine] if imagery["compared"] else [", ".join(parts[0])]
 
 
 # ---------------------------------------------------------------- benchmarks
 
 
 def read_table(path):
-    """A file's entries: parquet, csv, jsonl or json (a list, or a dict of them) -> [dict]."""
+    """A file's entries: parquet, csv, tsv, jsonl or json (a list, or a dict of them) -> [dict]."""
     check(path.suffix != ".parquet" or find_spec("pyarrow"), f"{path} needs pyarrow: pip install pyarrow.")
     try:
         if path.suffix == ".parquet":
             return import_module("pyarrow.parquet").read_table(path).to_pylist()
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                return list(csv.DictReader(file))
+            if path.suffix in (".csv", ".tsv"):
+                return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
             lines = path.suffix == ".jsonl"
             entries = [json.loads(line) for line in file if line.strip()] if lines else json.load(file)
     except ValueError as error:
@@ -230,10 +274,9 @@ def parse_options(value):
 
 def find_keys(answer, options):
     """All letters that are right, for an answer as text or letter: "left" or "A" -> "AC" if C says so too."""
-    texts = {letter: text.strip().lower() for letter, text in options.items()}
-    said = str(answer).strip()
-    named = re.match(r"\(?([A-F])(?=[.):]|$)", said.upper())
-    wanted = said.lower() if said.lower() in texts.values() else named and texts.get(named[1])
+    said, texts = str(answer).strip().lower(), {x: text.strip().lower() for x, text in options.items()}
+    named = re.match(r"\(?([a-f])(?=[.):]|$)", said)
+    wanted = said if said in texts.values() else named and texts.get(named[1].upper())
     return "".join(letter for letter, text in texts.items() if text == wanted)
 
 
@@ -289,8 +332,7 @@ def read_bench(bench, data):
     paths = [whole] if whole.is_file() else [p for name in names for p in sorted(whole.rglob(name))]
     paths = [path for path in paths if "frame_sampling" not in path.name]  # Dyn-Bench's, no questions
     check(paths, f"DATA={data} holds no {' or '.join(names)}; set it to the benchmark's folder or file.")
-    tables = [(path, number, raw) for path in paths for number, raw in enumerate(read_table(path), 1)]
-    return [bench_row(bench, raw, path, number) for path, number, raw in tables]
+    return [bench_row(bench, raw, path, n) for path in paths for n, raw in enumerate(read_table(path), 1)]
 
 
 def decode(video, fps, most):
@@ -355,18 +397,23 @@ def other_clip(rows, index, seed):
     return random.Random(f"{seed} {index}").choice(others)
 
 
-def see(rows, index, video, seed):
-    """The row as VIDEO shows it: without frames, with another clip's, or with its own in another order."""
+def see(rows, index, video, seed, timed=False):
+    """The row as VIDEO shows it: without frames, with another clip's, or with its own in another order.
+
+    timed: the question begins with the times of the frames that are shown.
+    """
     row, frames = rows[index], list(rows[index]["image_input"])
     if video in ("none", "other"):
         other = rows[other_clip(rows, index, seed)] if video == "other" else {"image_input": [], "times": []}
-        return row | {name: other[name] for name in ("image_input", "times")}
+        row = row | {name: other[name] for name in ("image_input", "times")}
     if video == "shuffled":
         check(len(set(frames)) > 1, f"{row['where']}: VIDEO=shuffled needs two frames or more; drop the row.")
         order = random.Random(f"{seed} {index}")
         while frames == row["image_input"]:
             order.shuffle(frames)
-    return row | {"image_input": frames}
+        row = row | {"image_input": frames}
+    seconds = ", ".join(f"{time:.1f}" for time in row["times"]) if timed else ""  # "" too without frames
+    return row | {"text_input": (seconds and BENCHES["times"].format(seconds)) + row["text_input"]}
 
 
 def make_feed(kind, names, tables, pad, K, seed):
@@ -463,9 +510,10 @@ def answer(model, rows, batch, how, truth, images=None):
     if how["latents"] == "swap":
         donors, plain = [other_clip(rows, i, how["seed"]) for i in batch], how | {"latents": ""}
         tables = [made["latents"] for made in answer(model, rows, donors, plain, truth, images)]
-    samples = [encode_row(model, see(rows, i, how["video"], how["seed"]), answer=False) for i in batch]
-    seeds = [random.Random(f"{how['seed']} {i}").getrandbits(60) for i in batch]  # not of their batch-mates
-    dice = [torch.Generator().manual_seed(seed) for seed in seeds]
+    seen = [see(rows, i, how["video"], how["seed"], how["times_in_prompt"]) for i in batch]
+    samples = [encode_row(model, row, answer=False) for row in seen]
+    # by seed and question, not by batch-mates
+    dice = [torch.Generator().manual_seed(random.Random(f"{how['seed']} {i}").getrandbits(60)) for i in batch]
     pad = model.net.get_input_embeddings().weight[model.ids["latent_pad"]]
     feed = make_feed(how["latents"], batch, tables, pad, model.K, how["seed"])
     device = model.banned.device.type
@@ -501,7 +549,8 @@ def to_lines(results):
 
 
 def write(path, text):
-    """Writes a file under a temporary name, then renames it."""
+    """Writes a file, in a new folder where there is none, under a temporary name, then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(text, encoding="utf-8")
     path.with_suffix(".tmp").replace(path)
 
@@ -517,13 +566,12 @@ def settings_of(model, rows, how):
 def open_folder(out, settings, resume, rank):
     """The results that `out` holds -> {index: result}; refuses other settings, drops a line cut short."""
     file = out / "settings.json"
-    old = json.loads(file.read_text()) if resume and file.is_file() else {}
+    old = PLAIN | json.loads(file.read_text()) if resume and file.is_file() else {}
     for name in settings if old else ():
         told = f"{file}: the answers there are of {name}={old.get(name)!r}, this run has {settings[name]!r}"
         check(old.get(name) == settings[name], f"{told}; set another OUT, or RESUME=False to answer again.")
     done = {result["row"]: result for result in read_lines(out / "results.jsonl")} if old else {}
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         write(out / "results.jsonl", to_lines(done.values()))
         write(file, json.dumps(settings))
         print(f"{out}: {len(done)} answers are there already")
@@ -557,29 +605,32 @@ def evaluate(model, rows, out=None, how=None, limit=0, resume=True, rank=0, worl
         if out and rank == 0:
             with open(out / "results.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_lines(new.values()))
-            right = 100 * count(done.values())["accuracy"]
-            print(f"evaluate {len(done):5d}/{len(asked)} | {right:5.1f} % right", flush=True)
+            right = count(done.values())["accuracy"]
+            print(f"evaluate {len(done):5d}/{len(asked)} | {right:6.1%} right", flush=True)
     model.train(was_training)
-    summary = summarise([done[i] for i in asked]) | {"settings": settings, "left_out": lost}
+    results = [done[i] for i in asked]
+    summary = summarise(results) | {"settings": settings, "left_out": lost}
     summary["scores"]["micro"]["note"] = f"{len(lost)} left out: no video" if lost else ""
     if out and rank == 0:
         write(out / "results.jsonl", to_lines(done[i] for i in sorted(done)))
         write(out / "summary.json", json.dumps(summary, indent=1))
+        if first[0]["subtask"] in BENCHES["subtasks"]["dsr"].values():
+            write(out / "results_summary.json", json.dumps(release_summary(results, summary), indent=1))
     return summary
 
 
-def percents(score):
-    """The shares of a score in percent, as text."""
-    return {name: f"{100 * score[name]:.1f}" for name in ("accuracy", "low", "high", "release", "chance")}
+def in_percent(score):
+    """A score with its shares as text, in percent."""
+    return score | {x: f"{100 * score[x]:.1f}" for x in ("accuracy", "low", "high", "release", "chance")}
 
 
 def print_table(summary):
     """Prints the scores, a line each, and the rest."""
     print(f"{'':20}     n  right       %   95 % interval  release  chance  retrieval")
-    for name, s in summary["scores"].items():
-        share = "{accuracy:>8}{low:>8} - {high:>5}{release:>9}{chance:>8}".format(**percents(s))
-        found = "" if s["retrieval"] is None else f"{s['retrieval']:11.3f}"
-        print(f"{name:20}{s['n']:6d}{s['correct']:7d}{share}{found}  {s['note']}".rstrip())
+    line = "{:20}{n:6d}{correct:7.5g}{accuracy:>8}{low:>8} - {high:>5}{release:>9}{chance:>8}{}  {note}"
+    for name, score in summary["scores"].items():
+        found = "" if score["retrieval"] is None else f"{score['retrieval']:11.3f}"
+        print(line.format(name, found, **in_percent(score)).rstrip())
     print("\n".join(describe(summary)))
 
 
@@ -642,7 +693,7 @@ def draw_block(row, maps, overlays):
     pair, lines = math.ceil(len(row["image_input"]) / maps.shape[1]), []
     for name, line in zip(("made", "true"), maps.numpy()):
         shown = thin(list(zip(row["image_input"][::pair], row["times"][::pair], line)), PAIRS)
-        tiles = [tile(path, HEAT, f"{name} {time:g} s", heat) for path, time, heat in shown]
+        tiles = [tile(path, HEAT, f"{name} {at:g} s", heat) for path, at, heat in shown]
         lines.append(stack(tiles, down=False))
     beside = [tile(overlay, 2 * HEAT + 4, "true overlay") for overlay in overlays]
     return stack([*beside, stack(lines)], down=False)
@@ -653,7 +704,7 @@ def depict(model, rows, index, how):
     images, blocks = Images(model, cache=True), []
     truth = functools.cache(lambda i: true_latents(model, rows[i], images))
     result = answer(model, rows, [index], how, truth, images)[0]
-    row, true = see(rows, index, how["video"], how["seed"]), truth(index)
+    row, true = see(rows, index, how["video"], how["seed"], how["times_in_prompt"]), truth(index)
     if row["image_input"] and len(result["latents"]):
         tokens, common = video_tokens(model, row, images)
         for number, made in enumerate(result["latents"]):
@@ -717,8 +768,7 @@ def report(summary, samples, entries):
     """The whole page, self-contained: images and curves inside, no script, nothing fetched."""
     scores, results = summary.get("scores", {}), [sample["result"] for sample in samples]
     pieces = {"facts": [fill("fact", text=line) for line in describe(summary)] if scores else []}
-    bars = {name: score | percents(score) | {"name": name} for name, score in scores.items()}
-    pieces["bars"] = [fill("bar", **bar) for bar in bars.values()]
+    pieces["bars"] = [fill("bar", name=name, **in_percent(score)) for name, score in scores.items()]
     pieces["filters"] = [fill("filter", name=name) for name in in_order(results)]
     pieces["curves"] = [curve(name, entries) for name in CURVES]
     pieces["samples"] = [sample_card(sample) for sample in samples]
@@ -733,7 +783,8 @@ def draw(model, rows, out, log="", samples=8):
     stand beside `out`, such as eval_video-none.
     """
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    how, results, chosen = PLAIN | summary["settings"], read_lines(out / "results.jsonl"), []
+    how, chosen = PLAIN | summary["settings"], []
+    results = read_lines((out / f"seed_{how['seed']}" if "seeds" in summary else out) / "results.jsonl")
     for correct in (True, False):
         chosen += thin([r["row"] for r in results if r["correct"] == correct], max(1, samples // 2))
     drawn = [depict(model, rows, index, how) for index in chosen]
@@ -750,6 +801,8 @@ if __name__ == "__main__":
     for name, known in CONTROLS.items():
         fine = constants[name] in ("", *known)
         check(fine, f"{name}={constants[name]} is none of {', '.join(known)}; leave it out for none.")
+    varied = SEEDS == 1 or (SEEDS > 1 and (TEMPERATURE > 0 or VIDEO or LATENTS))
+    check(varied, f"SEEDS={SEEDS}: take 1, or more with a TEMPERATURE above 0, as greedy answers are alike.")
     rank, world, device = init_distributed()
     kind = "ask" if ASK else BENCH if BENCH != "toy" else "eval"
     check(kind == "eval" or LATENTS != "oracle", "LATENTS=oracle needs true overlays; there are none here.")
@@ -766,11 +819,13 @@ if __name__ == "__main__":
         check(not rows[0]["lost"], f"VIDEO_FILE: {rows[0]['lost']}.")
         drawn = depict(model, rows, 0, how)
         print(drawn["result"]["text"], verdict(rows[0], drawn["result"]), out / "report.html", sep="\n")
-        out.mkdir(parents=True, exist_ok=True)
         write(out / "report.html", report({"settings": settings_of(model, rows, how)}, [drawn], []))
     else:
-        summary = evaluate(model, rows, out, how, LIMIT, RESUME, rank, world)
+        runs = {SEED + n: out / f"seed_{SEED + n}" if SEEDS > 1 else out for n in range(SEEDS)}
+        found = [evaluate(model, rows, runs[n], how | {"seed": n}, LIMIT, RESUME, rank, world) for n in runs]
         if rank == 0:
+            summary = over_seeds(found) if SEEDS > 1 else found[0]
+            write(out / "summary.json", json.dumps(summary, indent=1))
             print_table(summary)
             draw(model, rows, out, newest_checkpoint(MODEL).parent / "log.jsonl", SAMPLES)
             print(f"{out}/summary.json, {out}/picture.png, {out}/report.html")

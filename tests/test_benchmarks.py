@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -139,6 +140,23 @@ def test_dsr_options_answers_and_order(tmp_path):
     assert [row["text_input"] for row in again] == [row["text_input"] for row in rows]
 
 
+def test_dsr_mirror_as_a_table(tmp_path):
+    """EASI's DSRBench.tsv: other column names, options as a JSON list or as Python writes one."""
+    path = tmp_path / "DSRBench.tsv"
+    options = ["A. up; left", "B. down", "C. it's still"]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow("question options video task_type answer".split())
+        writer.writerow(["How,\tfast?", json.dumps(options), "v_0.mp4", "abs_spd", "B"])
+        writer.writerow(["Where to?", str(options), "v_1", "rel_dir", "C"])
+    rows = evaluate.read_bench("dsr", str(path))
+    assert [row["key"] for row in rows] == ["B", "C"]
+    assert [row["video"] for row in rows] == ["v_0.mp4", "v_1.mp4"]
+    assert [row["subtask"] for row in rows] == ["Abs Spd", "Rel Dir"]
+    assert rows[0]["options"] == rows[1]["options"] == {"A": "up; left", "B": "down", "C": "it's still"}
+    assert rows[0]["text_input"].startswith("How,\tfast?\n\nA. up; left\n")
+
+
 def test_parquet_goes_through_pyarrow(tmp_path, monkeypatch):
     """pyarrow is not among the requirements: a stand-in gives the rows as pyarrow's to_pylist does."""
     rows = list(json.loads(dsr_file(tmp_path).read_text()).values())
@@ -233,6 +251,66 @@ def test_dsr_counts(tmp_path):
     assert {name: result[name] for name in told} == told
 
 
+RELEASE_FIELDS = (
+    "total eval_count skipped correct accuracy subtask_accuracy subtask_correct subtask_total "
+    "subtask_macro_avg subtask_columns_order"
+).split()
+
+
+def test_dsr_summary_as_the_release_writes_it(tmp_path):
+    """By the release's rule: "<think>Before" counts as B, the key, so 5 of 6; two more have no video."""
+    rows = evaluate.read_bench("dsr", str(dsr_file(tmp_path)))
+    results = judged(rows, [*tagged("ABA"), "<think>Before", *tagged("D"), "So A"])
+    told = evaluate.release_summary(results, evaluate.summarise(results) | {"left_out": ["x", "y"]})
+    assert sorted(told) == sorted(RELEASE_FIELDS)
+    assert (told["total"], told["eval_count"], told["skipped"], told["correct"]) == (8, 6, 2, 5)
+    assert told["accuracy"] == pytest.approx(5 / 6)
+    assert told["subtask_macro_avg"] == pytest.approx((1 + 1 + 1 + 0) / 4)  # of the four that are not empty
+    order = told["subtask_columns_order"]
+    assert (order[0], order[3], order[-2:], len(order)) == (
+        "Abs Dis",
+        "Abs Spd",
+        ["Non-Temp Based", "Avg"],
+        14,
+    )
+    for field, none, some in (
+        ("accuracy", None, {"Abs Dis": 1.0, "Abs Spd": 1.0, "Rel Dir": 1.0, "Non-Temp Based": 0.0}),
+        ("correct", 0, {"Abs Dis": 1, "Abs Spd": 3, "Rel Dir": 1, "Non-Temp Based": 0}),
+        ("total", 0, {"Abs Dis": 1, "Abs Spd": 3, "Rel Dir": 1, "Non-Temp Based": 1}),
+    ):
+        assert told[f"subtask_{field}"] == {name: some.get(name, none) for name in order[:-1]}
+
+
+def test_mean_and_spread_over_seeds(tmp_path, capsys):
+    """Right answers 6, 5 and 3 of 6; in the second run one is a guess that only the release's rule sees."""
+    rows = evaluate.read_bench("dsr", str(dsr_file(tmp_path)))
+    said = [tagged("ABCBDA"), [*tagged("ABCBD"), "So A"], tagged("ABCAAB")]
+    more = [{"settings": {"seed": seed}, "left_out": ["one"]} for seed in (4, 5, 6)]
+    runs = [evaluate.summarise(judged(rows, texts)) | more[n] for n, texts in enumerate(said)]
+    for n, retrieval in enumerate((0.5, None, 1.0)):  # the second run imagined nothing
+        runs[n]["imagery"] |= {"retrieval": retrieval, "cosine": [] if retrieval is None else [retrieval] * 2}
+    summary = evaluate.over_seeds(runs)
+    micro = summary["scores"]["micro"]
+    assert (micro["n"], micro["correct"]) == (6, pytest.approx(14 / 3))
+    assert micro["accuracy"] == pytest.approx((6 / 6 + 5 / 6 + 3 / 6) / 3)
+    assert micro["accuracy_spread"] == pytest.approx(math.sqrt((4**2 + 1 + 5**2) / 2) / 18)  # 18ths off 14
+    assert micro["release"] == pytest.approx((1 + 1 + 1 / 2) / 3)
+    assert micro["release_spread"] == pytest.approx(math.sqrt(3 / 36))  # 1/6, 1/6 and -1/3 from 5/6
+    assert (micro["low"], micro["high"]) == evaluate.wilson(14 / 3, 6)
+    speed = summary["scores"]["Abs Spd"]  # 3, 2 and 1 of 3 questions
+    assert (speed["n"], speed["accuracy"]) == (3, pytest.approx(2 / 3))
+    macros = [1, (1 + 2 / 3 + 1 + 1) / 4, (1 + 1 / 3 + 0 + 1) / 4]
+    assert summary["macro"] == pytest.approx(sum(macros) / 3)
+    assert summary["macro_spread"] == pytest.approx(np.std(macros, ddof=1))
+    assert summary["no_answer"] == pytest.approx(1 / 3)
+    assert summary["imagery"]["retrieval"] == pytest.approx(0.75)
+    assert summary["imagery"]["cosine"] == [0.75, 0.75]
+    assert (summary["seeds"], summary["settings"], summary["left_out"]) == (3, {"seed": 4}, ["one"])
+    assert "note" in runs[0]["scores"]["micro"] and runs[0]["scores"]["micro"]["note"] == ""
+    evaluate.print_table(summary)
+    assert re.search(r"micro +6 +4\.6667 +77\.8 .* ± 25\.5%, release ± 28\.9%", capsys.readouterr().out)
+
+
 def test_vlm4d_counts_either_of_two_equal_options(tmp_path):
     rows = evaluate.read_bench("vlm4d", str(vlm4d_files(tmp_path)))
     scores = evaluate.summarise(judged(rows, tagged("ABCDBA")))["scores"]
@@ -276,6 +354,28 @@ def test_frames_have_their_true_times_and_are_decoded_once(tmp_path, monkeypatch
     assert [time for _, time in evaluate.sample_frames("c/ü.mp4", **how, most=3)] == [0, 2, 4]
     monkeypatch.setattr(evaluate, "decode", lambda *words: pytest.fail("decoded again"))
     assert evaluate.sample_frames("a b/ü.mp4", **how, most=50) == frames
+
+
+def test_times_stand_before_the_question_where_wanted(bench, monkeypatch):
+    """What the model reads, in one run with and one without; what is not seen has no times."""
+    rows = evaluate.read_bench("dsr", str(bench / "benchmark.json"))
+    evaluate.add_frames(rows, root=bench / "videos", cache=bench / "cache", fps=1.0, most=50)
+    prompts, encode_row = [], evaluate.encode_row
+
+    def spy(model, row, answer):
+        prompts.append(row["text_input"])
+        return encode_row(model, row, answer)
+
+    monkeypatch.setattr(evaluate, "encode_row", spy)
+    model, asked = load_model(bench / "model"), rows[1]["text_input"]
+    for timed in (False, True):
+        how = evaluate.PLAIN | {"max_new": 2, "times_in_prompt": timed}
+        evaluate.answer(model, rows, [1], how, lambda index: None)
+    assert prompts == [asked, f"The frames of the video were taken at 0.0, 1.0, 2.0 seconds.\n{asked}"]
+    assert evaluate.see(rows, 1, "none", 0, True)["text_input"] == asked
+    two = [rows[1], rows[0] | {"subtask": rows[1]["subtask"]}]
+    assert "taken at 0.0, 1.0 seconds" in evaluate.see(two, 0, "other", 0, True)["text_input"]
+    assert "taken at 0.0, 1.0, 2.0 seconds" in evaluate.see(rows, 1, "shuffled", 0, True)["text_input"]
 
 
 def test_videos_that_cannot_be_used_are_named_and_leave_nothing(tmp_path):
@@ -327,6 +427,11 @@ def test_a_benchmark_from_the_command_line(bench, monkeypatch, capsys):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["left_out"] == [f"{bench}/benchmark.json:5: there is no {bench}/videos/v_missing.mp4"]
     assert [line["row"] for line in lines(out)] == [0, 1, 2, 3, 5]
+    files = "picture.png report.html results.jsonl results_summary.json settings.json summary.json"
+    assert sorted(path.name for path in out.iterdir()) == files.split()
+    told = json.loads((out / "results_summary.json").read_text())
+    assert (told["total"], told["eval_count"], told["skipped"]) == (6, 5, 1)
+    assert told["correct"] == sum(line["hit"] for line in lines(out))
     page = (out / "report.html").read_text()
     assert "1 left out: no video" in page and page.count("<article") == 4  # all are wrong: half of SAMPLES
     assert not re.search(r"<script|(?:src|href)=[\"']?(?:https?:)?//", page)
@@ -366,9 +471,42 @@ def test_sampling_is_a_function_of_seed_and_row(bench, monkeypatch):
     same(lines(bench / "hot1"), lines(bench / "hot16"))
     texts = [[line["text"] for line in lines(bench / name)] for name in ("hot1", "seed")]
     assert texts[0] != texts[1]
-    for word in ("FPS=2.0", "SEED=2", "SECONDS_PER_PAIR=2.0", "SUFFIX=x"):
+    for word in ("FPS=2.0", "SEED=2", "SECONDS_PER_PAIR=2.0", "SUFFIX=x", "TIMES_IN_PROMPT=True"):
         again = words(bench, bench / "hot1", *hot, word)
         refused(lambda again=again: run_script(monkeypatch, "evaluate.py", *again), "RESUME=False")
+
+
+def test_several_seeds_in_one_run(bench, monkeypatch, capsys):
+    """Each seed's rows are those of a run of its own, and stay; OUT holds the mean and the page."""
+    hot, out = ("TEMPERATURE=0.9", "TOP_P=0.9", "SAMPLES=1"), bench / "seeds"
+    run_script(monkeypatch, "evaluate.py", *words(bench, out, *hot, "SEED=3", "SEEDS=2"))
+    assert sorted(path.name for path in out.iterdir()) == [
+        "picture.png",
+        "report.html",
+        "seed_3",
+        "seed_4",
+        "summary.json",
+    ]
+    run_script(monkeypatch, "evaluate.py", *words(bench, bench / "four", *hot, "SEED=4"))
+    assert lines(out / "seed_4") == lines(bench / "four") and lines(out / "seed_3") != lines(out / "seed_4")
+    runs = [json.loads((out / name / "summary.json").read_text()) for name in ("seed_3", "seed_4")]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["tokens"] == sum(run["tokens"] for run in runs) / 2 and summary["seeds"] == 2
+    assert summary == evaluate.over_seeds(runs)
+    assert "± " in (out / "report.html").read_text()
+
+    kept = {name: (out / name / "results.jsonl").read_text() for name in ("seed_3", "seed_4")}
+    (out / "seed_4" / "results.jsonl").write_text(kept["seed_4"][:-20])  # killed in the second run
+    (out / "summary.json").unlink()
+    capsys.readouterr()
+    run_script(monkeypatch, "evaluate.py", *words(bench, out, *hot, "SEED=3", "SEEDS=2"))
+    said = capsys.readouterr().out
+    assert "seed_3: 5 answers are there already" in said and "seed_4: 4 answers are there already" in said
+    assert {name: (out / name / "results.jsonl").read_text() for name in kept} == kept
+    assert json.loads((out / "summary.json").read_text()) == summary
+    for more in (("SEEDS=0",), ("SEEDS=3",), ("SEEDS=-1", "TEMPERATURE=0.7")):
+        again = words(bench, bench / "none", *more)
+        refused(lambda again=again: run_script(monkeypatch, "evaluate.py", *again), more[0], "TEMPERATURE")
 
 
 def test_controls_on_a_benchmark(bench, monkeypatch):

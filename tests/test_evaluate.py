@@ -384,6 +384,10 @@ def test_the_same_command_asks_nothing_again_and_says_so(world, faked, tmp_path,
     capsys.readouterr()
     assert evaluate.evaluate(model, rows, tmp_path) == first
     assert faked == [] and "already" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    assert kept.pop("times_in_prompt") is False  # a folder from before this constant goes on as well
+    (tmp_path / "settings.json").write_text(json.dumps(kept))
+    assert evaluate.evaluate(model, rows, tmp_path) == first and faked == []
     assert evaluate.evaluate(model, rows, tmp_path, resume=False) == first
     assert len(faked) == 1
 
