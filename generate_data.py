@@ -1,30 +1,39 @@
 """Videos, overlays, questions and chains of thought (paper Sec. 3.1): a toy 3-D world, or real footage.
 
-In:  nothing (SOURCE="toy") or a folder of mp4 files (SOURCE="videos"); phrases from assets/phrases.json.
+In:  nothing (SOURCE="toy"), or VIDEOS: a folder in SpatialVID's layout (SOURCE="spatialvid") or any folder
+     of mp4 files (SOURCE="videos"); README, "Real video", says which files are read; tables and phrases from
+     assets/vocabulary.json and assets/phrases.json
 Out: OUT/{train,test}_{imagery,noimage,verbal}.jsonl  questions on disjoint clips, one chain of thought a file
      OUT/rl_{train,test}.jsonl    compound questions for 4DRL (toy only)
      OUT/pretrain{,_test}.jsonl   grounding and option rows for the tiny base (PRETRAIN_CLIPS > 0)
      OUT/processed_data/<clip>/   frames/, masked_static_overlays/, masked_dynamic_overlays/ and rows.json
-     OUT/meta.json                constants and counts, written last: a folder without it is unfinished
+     OUT/meta.json                constants, counts and what was dropped, last: without it it is unfinished
 
-    python generate_data.py                                          # laptop: the toy world
-    python generate_data.py TRAIN_CLIPS=64000 SIZE=84 OUT=out/big    # more and larger, for a GPU run
-    python generate_data.py SOURCE=videos VIDEOS=clips OUT=out/real  # real video, no weights needed
+    python generate_data.py                                                   # laptop: the toy world
+    python generate_data.py TRAIN_CLIPS=64000 SIZE=84 OUT=out/big             # more, for a GPU run
+    python generate_data.py SOURCE=spatialvid VIDEOS=SpatialVID OUT=out/real  # real clips with mask images
+    python generate_data.py SOURCE=videos SEGMENTER=motion SAMPLE_FPS=4 MAX_FRAMES=8 VIDEOS=clips OUT=out/own
 
 The stage is numpy on WORKERS processes, without a GPU; under torchrun the first process does it
 all. A killed run continues when started again.
 
 Differs from the paper:
-- the toy world's masks, poses and paths are exact: no annotator, segmenter or overlay check (Eq. 2).
-- chains of thought come from templates; the same text exists without imagery and with words for places.
-- option sets do not tell the truth by the text alone: they come in opposites or in 2 x 2 squares.
-- real footage: the largest moving region is "the moving object", found by motion alone; no camera questions.
+- labels, questions and chains of thought come from geometry and templates; no large model annotates.
+- the toy world's masks, poses and paths are exact; real masks are read from files made elsewhere, or the
+  largest moving region is "the moving object", found by motion alone.
+- the overlay check (Eq. 2) is one of sizes: a mask that is tiny or far from the clip's median is dropped.
+- camera labels that the landmark's own displacement contradicts (Eq. 3) are dropped.
+- each text exists without imagery and with words for places; option sets do not tell the truth by
+  themselves: they come in opposites or in 2 x 2 squares.
 """
 
+import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -36,13 +45,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from model import set_constants
+from model import check, set_constants
 
 # paths
 OUT = "out/toy"  # folder that is written
-VIDEOS = ""  # folder of mp4 files, searched through all its folders (SOURCE="videos")
+VIDEOS = ""  # folder of mp4 files, searched through all its folders, or SpatialVID's own
 # data
-SOURCE = "toy"  # "toy" | "videos"
+SOURCE = "toy"  # "toy" | "spatialvid" | "videos"
 COT = "all"  # "all" | "imagery" | "noimage" | "verbal": which chains of thought are written
 TRAIN_CLIPS = 7000  # clips of train_*.jsonl (ours)
 TEST_CLIPS = 500  # clips of test_*.jsonl, never seen in training (ours)
@@ -76,12 +85,14 @@ HIDDEN_AREA = 0.005  # below this share of the frame a thing is called hidden (o
 LINES = (20, 90, 165, 235)  # greys of upright viewfinder lines, left to right: so that x can be seen (ours)
 NOISE = 4.0  # standard deviation of the pixel noise, of 255 (ours)
 # real footage
-SEGMENTER = "motion"  # what finds the moving object: difference to the median, crude (ours)
-SAMPLE_FPS = 4.0  # frames taken per second of video (ours; paper: 1)
-MAX_FRAMES = 8  # frames of one clip; longer videos give several clips that overlap by half (ours)
-MAX_SIDE = 160  # longer side of the stored frames, pixels (ours)
-MAX_GROWTH = 4.0  # largest ratio of areas of the moving region in neighbouring frames (ours)
-MAX_JUMP = 45.0  # largest mean change of brightness between neighbouring frames, of 255 (ours)
+SEGMENTER = "files"  # "files" | "motion" (crude, needs no masks): where masks come from
+SAMPLE_FPS = 1.0  # frames a second of videos without indexes.txt (release)
+MAX_FRAMES = 50  # frames of a clip: annotated ones with more are skipped (release), others cut
+MAX_SIDE = 640  # longer side of the stored frames, pixels (ours)
+MIN_MASK = 0.001  # Eq. 2: least area of a mask, share of the frame (release)
+MAX_GROWTH = 4.0  # Eq. 2: largest ratio between a mask's area and the median of its clip (ours)
+CUE_SLACK = 0.05  # Eq. 3: displacement against a camera label, in frames, that contradicts it (ours)
+DROP_CONTRADICTED = True  # False: rows whose camera label is contradicted stay, flagged (ours)
 HELD_OUT = 0.25  # share of the scenes that go to test_*.jsonl (ours)
 # overlay
 ALPHA = 0.4  # Eq. 1 (release)
@@ -91,50 +102,19 @@ JPEG_QUALITY = 95  # frames and overlays, no chroma subsampling (ours)
 SEED = 0  # every clip's generator is a function of (SEED, split, number)
 WORKERS = os.cpu_count()  # processes; the files do not depend on it
 
-THING = "moving object"  # its phrase in real footage, which has no annotator yet
-SPLITS = ["train", "test", "rl_train", "rl_test", "pretrain", "pretrain_test"]
-FORMS = ["imagery", "noimage", "verbal"]
-# two opposites per axis, the positive one first; this order spells pairs ("Pan Right and Dolly In")
-MOVES = ["Pan Right", "Pan Left", "Tilt Up", "Tilt Down", "Roll Clockwise", "Roll Counter-Clockwise"]
-MOVES += ["Dolly In", "Dolly Out", "Truck Right", "Truck Left", "Pedestal Up", "Pedestal Down"]
-PARTNERS = [4, 5, 3, 2, 0, 1]  # the axis that each axis is confused with: pan and truck, tilt and pedestal
+ASSETS = Path(__file__).with_name("assets")
+PHRASES, WORDS = (json.loads((ASSETS / f"{name}.json").read_text()) for name in ("phrases", "vocabulary"))
+DIRECTIONS, DISTANCES, COLOURS, SHAPES = (WORDS[n] for n in ("direction", "distance", "colour", "shape"))
+MOVES, X_WORDS, Y_WORDS = list(WORDS["move"]), WORDS["x"], WORDS["y"]
+# movements and directions stand in pairs of opposites, "Stationary" is its own
+OPPOSITES = {name: names[n ^ 1] for names in (MOVES, list(DIRECTIONS)[:-1]) for n, name in enumerate(names)}
 # ours: no pairs of pan and truck or of tilt and pedestal, which may cancel each other
 PAIRS = [f"{MOVES[i]} and {MOVES[j]}" for i in range(12) for j in range(12) if i // 2 < j // 2 != i // 2 + 4]
-DIRECTIONS = {  # right, up, forward in the axes of the first frame's camera; "Stationary" is the last
-    "Moving Left": (-1, 0, 0), "Moving Right": (1, 0, 0), "Moving Up": (0, 1, 0), "Moving Down": (0, -1, 0),
-    "Moving Left-Up": (-1, 1, 0), "Moving Right-Down": (1, -1, 0), "Moving Left-Down": (-1, -1, 0),
-    "Moving Right-Up": (1, 1, 0), "Moving Toward Camera": (0, 0, -1), "Moving Away from Camera": (0, 0, 1),
-    "Stationary": (0, 0, 0),
-}  # fmt: skip
-DISTANCES = {  # the way at first: -1 toward the camera, 1 away from it
-    "Getting Closer to Camera": -1, "Getting Farther from Camera": 1,
-    "Maintaining Roughly the Same Distance": 0,
-    "First Getting Closer, Then Farther": -1, "First Getting Farther, Then Closer": 1,
-}  # fmt: skip
-SPEEDS = {  # share of the path that is done at time t in 0..1
-    "Constant": lambda t: t,
-    "Speeding Up": lambda t: t**2.2,
-    "Slowing Down": lambda t: 1 - (1 - t) ** 2.2,
-    "First Speeding Up, Then Slowing Down": lambda t: t - 0.9 * np.sin(2 * np.pi * t) / (2 * np.pi),
-    "First Slowing Down, Then Speeding Up": lambda t: t + 0.9 * np.sin(2 * np.pi * t) / (2 * np.pi),
-}
-COLOURS = {  # RGB, 0-255; no red, the overlay is red
-    "blue": (45, 80, 225), "green": (40, 165, 60), "yellow": (240, 220, 40),
-    "purple": (150, 45, 185), "cyan": (60, 215, 225), "white": (245, 245, 245),
-}  # fmt: skip
-# half width and half height in metres
-SHAPES = {"ball": (0.85, 0.85), "box": (0.75, 0.85), "pillar": (0.62, 1.1), "cone": (0.95, 1.05)}
-X_WORDS = ["leftmost", "left", "middle", "right", "rightmost"]
-Y_WORDS = ["top", "upper", "center", "lower", "bottom"]
-SIZE_WORDS = ["tiny", "small", "medium", "large", "huge"]
-SIZE_EDGES = [0.17, 0.21, 0.245, 0.29]  # of sqrt(area), frame widths, between the size words (ours)
-OPTION_SHARES = {  # kinds of the text-only questions
-    "single": 0.2, "pair": 0.25, "direction": 0.25, "distance": 0.08, "speed": 0.08, "colour": 0.04,
-    "box": 0.05, "both": 0.03, "sequence": 0.02,
-}  # fmt: skip
-VOCABULARY = {"single": MOVES, "pair": PAIRS, "direction": list(DIRECTIONS), "distance": list(DISTANCES)}
-VOCABULARY |= {"speed": list(SPEEDS), "colour": list(COLOURS)}
-PHRASES = json.loads(Path(__file__).with_name("assets").joinpath("phrases.json").read_text())
+VOCABULARY = {name: list(words) for name, words in WORDS.items()} | {"single": MOVES, "pair": PAIRS}
+SPLITS = ["train", "test", "rl_train", "rl_test", "pretrain", "pretrain_test"]
+FORMS = ["imagery", "noimage", "verbal"]
+FOLDERS = {"videos": ("", ""), "spatialvid": ("videos", "annotations")}  # in VIDEOS: of clips, of notes
+SPENT = Counter()  # frames decoded and seconds of it, in this process
 
 # ---------------------------------------------------------------- toy world: rays, shapes, light
 
@@ -242,9 +222,8 @@ def render(scene, size, hfov):
         colour[front] = light[:, None] * np.float32(COLOURS[thing["colour"]])
     frames = np.clip(colour * look["brightness"] + look["noise"], 0, 255).astype(np.uint8)
     width = max(1, size // 28)
-    for number, grey in enumerate(LINES):  # nothing is visible under the lines of the viewfinder
-        left = round(number * (size - width) / max(1, len(LINES) - 1))
-        columns = slice(left, left + width)
+    for left, grey in zip(np.linspace(0, size - width, len(LINES)).round().astype(int), LINES):
+        columns = slice(left, left + width)  # nothing is visible under the lines of the viewfinder
         frames[:, :, columns], owner[:, :, columns], is_sun[:, :, columns] = grey, -1, False
     masks = {thing["name"]: owner == number for number, thing in enumerate(things)}
     return frames, masks | {"sun": is_sun & (owner < 0)}, areas
@@ -275,11 +254,10 @@ def draw_mover(rng, kind):
         label = str(rng.choice(list(DISTANCES)))
         sideways = [0, 0] if "First" in label else 0.6 * rng.integers(-1, 2, 2)
         return {"ask": ["distance"], "distance": label, "speed": speed, "step": [*sideways, DISTANCES[label]]}
-    if chance[1] < P_BOX:
-        ask.append("box")
+    ask += ["box"] if chance[1] < P_BOX else []
     if chance[2] < P_SPEED and label != "Stationary":
         ask.append("speed")
-        speed = str(rng.choice(list(SPEEDS)))
+        speed = str(rng.choice(VOCABULARY["speed"]))
     return {"ask": ask, "direction": label, "speed": speed, "step": DIRECTIONS[label]}
 
 
@@ -360,11 +338,18 @@ def draw_scene(rng, plan):
     return {"pos": pos, "rot": rot, "camera": plan["camera"], "things": things, "asked": asked}
 
 
+def pace(label, t):
+    """A speed label, times t in 0..1 -> share of the path done: a power of t, or of 1 - t, and a wave."""
+    power, is_slowing, wave = WORDS["speed"][label]
+    share = 1 - (1 - t) ** power if is_slowing else t**power
+    return share + wave * np.sin(2 * np.pi * t) / (2 * np.pi)
+
+
 def mover_path(rng, mover):
     """A mover's way around its middle (T, 3): right, up, forward for the first camera, in shares of depth."""
     t, slide = np.linspace(0, 1, FRAMES), rng.uniform(*SLIDE)
-    back_and_forth = "First" in mover.get("distance", "")
-    share = 1 - np.abs(2 * t - 1) if back_and_forth else SPEEDS[mover["speed"]](t)
+    # first one way, then back, or a single way at the speed of its label
+    share = 1 - np.abs(2 * t - 1) if "First" in mover.get("distance", "") else pace(mover["speed"], t)
     step = np.array(mover["step"]) * [slide, slide, 1.1 * rng.uniform(*DOLLY)]
     step += rng.normal(0, 0.08, 3) * np.linalg.norm(step)  # little enough to keep the label
     return np.outer(share - 0.5, step)
@@ -378,8 +363,7 @@ def fits(scene):
         gaps = [np.linalg.norm(path - it["path"], axis=1).min() - it["half"][0] for it in things[:number]]
         if min(gaps, default=9) < radius + 0.2:
             return False
-        shift, middle = rot[0].T @ (path[-1] - path[0]), rot[0].T @ ((path[0] + path[-1]) / 2 - pos[0])
-        facts = motion_labels(shift / middle[2], np.linalg.norm(path - pos, axis=1))
+        facts = path_labels(path, pos, rot)
         if any(thing[ask] != facts[ask] for ask in thing.get("ask", []) if ask in facts):
             return False
     for thing in scene["asked"]:
@@ -441,6 +425,12 @@ def motion_labels(shift, distances):
     return {"direction": direction_label(shift), "distance": distance}
 
 
+def path_labels(path, pos, rot):
+    """A world path (T, 3) seen by a camera pos (T, 3), rot (T, 3, 3) -> its motion_labels, camera-free."""
+    shift, middle = rot[0].T @ (path[-1] - path[0]), rot[0].T @ ((path[0] + path[-1]) / 2 - pos[0])
+    return motion_labels(shift / middle[2], np.linalg.norm(path - pos, axis=1))
+
+
 def overlay(frame, mask, alpha, colour):
     """Eq. 1: frame (H, W, 3) uint8, mask (H, W) bool -> (1 - alpha M) * I + alpha M * c, (H, W, 3) uint8."""
     weight = alpha * mask[..., None]
@@ -450,7 +440,7 @@ def overlay(frame, mask, alpha, colour):
 def where(masks):
     """Masks (n, H, W) of a thing -> mean centre x, y and area, shares of the frame; None if it is hidden."""
     area = float(masks.mean())
-    if area < HIDDEN_AREA:
+    if area < (HIDDEN_AREA if SOURCE == "toy" else MIN_MASK):
         return None
     _, y, x = np.nonzero(masks)
     return (x.mean() + 0.5) / masks.shape[2], (y.mean() + 0.5) / masks.shape[1], area
@@ -477,7 +467,7 @@ def spell_spot(spot):
     """x, y, area of `where` -> "left upper small"; None -> "hidden"."""
     if spot is None:
         return "hidden"
-    size = SIZE_WORDS[int(np.searchsorted(SIZE_EDGES, np.sqrt(spot[2])))]
+    size = WORDS["size"][int(np.searchsorted(WORDS["size_edges"], np.sqrt(spot[2])))]
     return f"{fifth(X_WORDS, spot[0])} {fifth(Y_WORDS, spot[1])} {size}"
 
 
@@ -486,10 +476,7 @@ def spell_spot(spot):
 
 def opposite(label):
     """The label turned round: "Moving Left-Up" -> "Moving Right-Down"; a pair has both movements turned."""
-    if label in DIRECTIONS:
-        back = tuple(-v for v in DIRECTIONS[label])
-        return next(name for name, way in DIRECTIONS.items() if way == back)
-    return " and ".join(MOVES[MOVES.index(move) ^ 1] for move in label.split(" and "))
+    return " and ".join(OPPOSITES.get(part, part) for part in label.split(" and "))
 
 
 def camera_options(rng, label, other=None):
@@ -497,13 +484,15 @@ def camera_options(rng, label, other=None):
 
     Half of the time the other label is a confusable one: truck for pan, or a pair's second movement turned.
     """
-    axes = {name: [MOVES.index(move) // 2 for move in name.split(" and ")] for name in MOVES + PAIRS}
+    names = [*MOVES, *PAIRS, label]
+    axes = {name: [MOVES.index(move) // 2 for move in name.split(" and ")] for name in names}
     family = [name for name in axes if len(axes[name]) == len(axes[label]) and axes[name] != axes[label]]
-    if rng.random() < 0.5:
-        first, *second = label.split(" and ")
-        partner = 2 * PARTNERS[axes[label][0]]
-        family = [f"{first} and {opposite(second[0])}"] if second else MOVES[partner : partner + 2]
-    other = other or str(rng.choice(family))
+    drawn = family
+    if rng.random() < 0.5 or not family:
+        first, *rest = label.split(" and ")
+        partner = 2 * WORDS["partners"][axes[label][0]]
+        drawn = [f"{first} and {opposite(' and '.join(rest))}"] if rest else MOVES[partner : partner + 2]
+    other = other if other in family else str(rng.choice(drawn))
     return [label, opposite(label), other, opposite(other)]
 
 
@@ -547,11 +536,10 @@ def compound_options(rng, kind, first, second, noun=""):
 
 
 def draw_options(rng, kind, label, width=0, height=0):
-    """A label of a kind of OPTION_SHARES -> 4 options, the truth first; None if there are no 3 wrong ones."""
-    if kind in ("single", "pair"):
-        return camera_options(rng, label)
-    if kind == "direction":
-        return direction_options(rng, label)
+    """A label of one kind of question -> 4 options, the truth first; None if there are no 3 wrong ones."""
+    makers = {"single": camera_options, "pair": camera_options, "direction": direction_options}
+    if kind in makers:
+        return makers[kind](rng, label)
     if kind == "box":
         return box_options(rng, json.loads(label), width, height)
     return [label, *rng.permutation([name for name in VOCABULARY[kind] if name != label])[:3].tolist()]
@@ -578,19 +566,20 @@ def seconds(t):
     return f"{round(t, 2):g}s"
 
 
-def base_row(clip, name, question, answer, subtask):
+def base_row(clip, name, question, thought, answer, subtask):
     """A row of the release's schema without imagery; a clip of only a name gives a row without video."""
-    times, row = clip.get("times", []), {"id": f"{clip['name']}_{name}"}
-    row |= {"text_input": question, "text_output": answer}
-    folder = f"processed_data/{clip['name']}/frames"
+    text = f"<think>{thought}</think>\n<answer>{answer}</answer>"
+    row = {"id": f"{clip['name']}_{name}", "text_input": question, "text_output": text}
+    times, folder = clip.get("times", []), f"processed_data/{clip['name']}/frames"
     row["image_input"] = [f"{folder}/frame_{number:04d}.jpg" for number in range(len(times))]
-    return row | {"image_output": [], "times": times, "subtask": subtask, "clip": clip["name"]}
+    row |= {"image_output": [], "times": times, "subtask": subtask, "clip": clip["name"]}
+    return row | clip.get("evidence", {}).get(name, {})
 
 
 def make_row(rng, clip, subtask, thing, looks, options, name):
-    """A question about a clip, whose reasoning imagines `thing` at the frames `looks` -> row, all its texts.
+    """A question about a clip, whose reasoning imagines `thing` at the frames `looks` -> made row.
 
-    "noimage" is "imagery" without placeholders; "verbal" has words for place and size where images stood.
+    Made rows have besides the row its label, its true letter, and what stands for the imagery in other forms.
     """
     ask = "camera" if subtask.startswith("camera") else subtask.split("_")[1]
     phrases, (height, width) = PHRASES["any"] | PHRASES[ask], clip["frames"].shape[1:3]
@@ -599,15 +588,11 @@ def make_row(rng, clip, subtask, thing, looks, options, name):
     question, _, key = spell(rng, question, options)
     steps = [pick(rng, phrases["link" if n else "open"], thing=thing, t=t) for n, t in enumerate(times)]
     end = pick(rng, phrases["end"], thing=thing, label=options[0])
-    spots = [f"It is {spell_spot(where(clip['masks'][thing][look : look + 1]))}." for look in looks]
-    marks = {"imagery": ["<output_image>"] * len(looks), "noimage": [""] * len(looks), "verbal": spots}
-    texts = {}
-    for form, images in marks.items():
-        thought = " ".join(part for pair in zip(steps, images) for part in pair if part)
-        texts[form] = f"<think>{thought} {end}</think>\n<answer>{key}. {options[0]}</answer>"
-    row = base_row(clip, name, question, "", subtask)
+    thought = "".join(f"{step} <output_image> " for step in steps) + end
+    row = base_row(clip, name, question, thought, f"{key}. {options[0]}", subtask)
     row["image_output"] = [overlay_name(clip, thing, look) for look in looks]
-    return {"row": row, "label": options[0], "key": key, "cot": texts}
+    spots = [f" It is {spell_spot(where(clip['masks'][thing][look : look + 1]))}." for look in looks]
+    return {"row": row, "label": options[0], "key": key, "thing": thing, "looks": looks, "spots": spots}
 
 
 def overlay_name(clip, thing, frame):
@@ -621,9 +606,8 @@ def camera_rows(rng, clip):
     """A question per segment; its overlays are the first landmark's at the segment's two ends (Eq. 3)."""
     rows, segments = [], clip["camera"]
     for number, (start, end, label) in enumerate(segments):
-        kind = "pair" if " and " in label else "single"
         options = camera_options(rng, label, segments[1 - number][2] if len(segments) == 2 else None)
-        subtask = "camera_segment" if len(segments) == 2 else f"camera_{kind}"
+        subtask = "camera_" + ("segment" if len(segments) > 1 else "pair" if " and " in label else "single")
         rows.append(make_row(rng, clip, subtask, clip["static"][0], [start, end], options, f"{start}->{end}"))
     return rows
 
@@ -634,7 +618,7 @@ def object_rows(rng, clip):
     tags = {"direction": "direct", "distance": "distance", "speed": "speed", "box": "bbox"}
     for number, thing in enumerate(clip["moving"]):
         masks, facts = clip["masks"][thing], clip["facts"][thing]
-        shown = np.flatnonzero(masks.mean((1, 2)) > HIDDEN_AREA).tolist()
+        shown = [t for t in range(len(masks)) if where(masks[[t]])]
         for ask in facts["ask"]:
             count = rng.integers(OVERLAYS[0], OVERLAYS[1] + 1) - 2
             looks = sorted([shown[0], *rng.permutation(shown[1:-1]).tolist()[:count], shown[-1]])
@@ -654,7 +638,7 @@ def compound_rows(rng, clip, kind):
     a, b = seconds(clip["times"][0]), seconds(clip["times"][-1])
     question = pick(rng, PHRASES[kind]["ask"], thing=thing, a=a, b=b)
     _, lettered, key = spell(rng, question, options)
-    base = base_row(clip, kind, "", "", f"compound_{kind}")
+    base = base_row(clip, kind, "", "", "", f"compound_{kind}")
     row = {"Type": base["subtask"], "Question": question, **lettered, "Correct": key, "video_path": ""}
     row |= {"frame_paths": base["image_input"], **{name: base[name] for name in ("times", "clip", "id")}}
     return [{"row": row, "label": options[0]}]
@@ -668,7 +652,6 @@ def validate(row, key=None):
     tags = re.search("</?(think|answer)>", thought + answer)
     frames = [int(re.search(r"f(\d+)\.\w+$", name)[1]) for name in names]
     moments = [times[frame] if frame < len(times) else -1 for frame in frames]
-    late = any(after <= before for before, after in zip([-1, *moments], moments))
     letters = re.search(r"\b[B-F]\b|\bA[.):]|([Oo]ption|[Aa]nswer|[Cc]hoice) \(?A\b", thought)
     options = re.findall(r"^([A-F])\. (.*)$", row["text_input"], flags=re.M)
     letter, _, label = answer.partition(". ")
@@ -677,7 +660,7 @@ def validate(row, key=None):
         "the tags are not one closed think and then one closed answer": not parts or tags,
         "the number of placeholders is not that of overlays": text.count("<output_image>") != len(names),
         "the imagery is not all in the reasoning": "<output_image>" in answer,
-        "the imagery is not in time order": late,
+        "the imagery is not in time order": any(b <= a for a, b in zip([-1, *moments], moments)),
         "the reasoning holds an option letter": letters,
         "the answer is not the key": options and wrong,
         "two options are the same": len(dict(options)) > len({option for _, option in options}),
@@ -720,15 +703,14 @@ def pretrain_rows(rng, clip):
             options = draw_options(rng, "colour", colour)
             question, _, key = spell(rng, f"Which colour is the {shape}?", options)
             thought, answer = f"The {shape} is {colour}.", f"{key}. {colour}"
-        text = f"<think>{thought}</think>\n<answer>{answer}</answer>"
-        row = base_row(clip, f"{subtask}{number}", question, text, subtask)
+        row = base_row(clip, f"{subtask}{number}", question, thought, answer, subtask)
         rows += [{"row": row, "label": subtask}] if rng.random() < P_TRACK[number] else []
     return rows
 
 
 def option_question(rng):
     """Options of one text-only question, drawn as the questions about clips draw theirs, truth first."""
-    kind = str(rng.choice(list(OPTION_SHARES), p=list(OPTION_SHARES.values())))
+    kind = str(rng.choice(list(WORDS["option_shares"]), p=list(WORDS["option_shares"].values())))
     if kind in ("both", "sequence"):
         one, two = (MOVES[2 * axis + rng.integers(2)] for axis in rng.permutation(6)[:2])
         second = two if kind == "sequence" else list(DIRECTIONS)[rng.integers(10)]
@@ -768,44 +750,63 @@ def option_row(split, number):
         thought, answer = pick(rng, PHRASES["options"]["end"], label=label), f"{key}. {label}"
     else:
         thought, (question, answer) = "", drill(rng, subtask == "near")
-    text = f"<think>{thought}</think>\n<answer>{answer}</answer>"
-    row = base_row({"name": f"{split}_text"}, f"{number:06d}", question, text, subtask)
+    row = base_row({"name": f"{split}_text"}, f"{number:06d}", question, thought, answer, subtask)
     return {"row": row, "label": subtask}
 
 
-# ---------------------------------------------------------------- real footage
+# ---------------------------------------------------------------- real footage: files and masks
 
 
 def list_videos(folder):
-    """[(split, number, path)] of all mp4 files; files named alike before the last "_" share a split."""
-    if find_spec("decord") is None:
-        sys.exit("SOURCE=videos needs decord: pip install decord==0.6.0 (on ARM: pip install eva-decord).")
+    """[(split, number, path)] of all mp4 files; files named alike before the last "_" share a split.
+
+    The number is a digest of the path inside the folder, so a run goes on although files were added.
+    """
+    check(find_spec("decord"), "Videos need decord: pip install decord==0.6.0, or eva-decord on ARM.")
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() == ".mp4")
-    if not paths or not folder:
-        sys.exit(f"VIDEOS={folder} holds no mp4 file; set VIDEOS to a folder that does.")
+    check(folder and paths, f"VIDEOS={folder} holds no mp4 file; set VIDEOS to a folder that does.")
     scenes = [str(path.with_name(path.stem.rpartition("_")[0] or path.stem)) for path in paths]
     names = np.random.default_rng(SEED).permutation(sorted(set(scenes))).tolist()
+    check(len(names) > 1, f"VIDEOS={folder} holds one scene only; there must be another to be held out.")
     held_out = names[: max(1, round(HELD_OUT * len(names)))]
     splits = ["test" if scene in held_out else "train" for scene in scenes]
-    jobs = [(split, number, str(path)) for number, (split, path) in enumerate(zip(splits, paths))]
-    if len(names) > 1:
-        return jobs
-    print("There is one scene only: the held-out split is one of the training clips, its score says little.")
-    return [("train", number, path) for _, number, path in jobs] + jobs[:1]
+    digests = [hashlib.sha256(str(path.relative_to(folder)).encode()).hexdigest() for path in paths]
+    return [(split, int(digest[:10], 16), str(path)) for split, digest, path in zip(splits, digests, paths)]
 
 
-def read_video(path):
-    """A video file -> frames (T, H, W, 3) uint8 at SAMPLE_FPS, no side over MAX_SIDE, true times (T,)."""
+def read_notes(folder):
+    """A clip's annotations in SpatialVID's files -> {"indexes": (T,), "poses": (T, 7), ...}, if there."""
+    readers = {"indexes.txt": lambda path: np.loadtxt(path, int, ndmin=2)[:, 1], "poses.npy": np.load}
+    readers |= {"intrinsics.npy": np.load, "instructions.json": lambda path: json.loads(path.read_text())}
+    needed = list(readers) if SOURCE == "spatialvid" else []
+    readers |= {"objects.json": readers["instructions.json"]}
+    names = [name for name in readers if name in needed or (folder / name).exists()]
+    return {name.split(".")[0]: readers[name](folder / name) for name in names}
+
+
+def read_video(path, indexes=None):
+    """A video's frames at `indexes`, else SAMPLE_FPS a second -> (T, H, W, 3) uint8, true times (T,)."""
     import decord
 
-    reader = decord.VideoReader(path)
+    begun, reader = time.time(), decord.VideoReader(path)
     times = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(float)
-    wanted = np.arange(times[0], times[-1] + 1e-6, 1 / SAMPLE_FPS)
-    taken = np.unique(np.searchsorted(times, wanted - 1e-6).clip(max=len(times) - 1))
-    frames = [Image.fromarray(frame) for frame in reader.get_batch(taken).asnumpy()]
+    if indexes is None:
+        wanted = np.arange(times[0], times[-1] + 1e-6, 1 / SAMPLE_FPS)
+        indexes = np.unique(np.searchsorted(times, wanted - 1e-6).clip(max=len(times) - 1))
+    frames = [Image.fromarray(frame) for frame in reader.get_batch(indexes).asnumpy()]
+    SPENT.update(frames=len(frames), decoding=time.time() - begun)
     for frame in frames:
         frame.thumbnail((MAX_SIDE, MAX_SIDE), Image.LANCZOS)
-    return np.stack([np.asarray(frame) for frame in frames]), np.round(times[taken], 3)
+    return np.stack([np.asarray(frame) for frame in frames]), np.round(times[indexes], 3)
+
+
+def file_masks(frames, phrase, files):
+    """A mask image for each of the frames (T, H, W, 3) -> masks (T, H, W); one that is not there is empty."""
+    masks = np.zeros(frames.shape[:3], bool)
+    for number, path in enumerate(files):
+        if path.exists():
+            masks[number] = np.asarray(Image.open(path).convert("L").resize(masks.shape[:0:-1])) > 127
+    return masks
 
 
 def global_shifts(grey):
@@ -835,8 +836,8 @@ def largest_regions(masks):
     return masks & (numbers == np.array(largest)[:, None, None])
 
 
-def motion_masks(frames):
-    """frames (T, H, W, 3) -> masks (T, H, W) of the moving object, shifts (T, 2) of the background.
+def motion_masks(frames, phrase, files):
+    """Frames (T, H, W, 3) -> masks (T, H, W) of what moves most; empty if its size is not steady.
 
     Difference to the median over time once the global shift is removed, blurred; largest region of a frame.
     Crude: of a thing that moves less than its own width only the edges are found.
@@ -845,34 +846,119 @@ def motion_masks(frames):
     shifts = global_shifts(grey)
     still = np.stack([np.roll(frame, tuple(-shift), (0, 1)) for frame, shift in zip(grey, shifts)])
     change = np.abs(still - np.median(still, 0)).astype(np.uint8)
-    blurred = [Image.fromarray(frame).filter(ImageFilter.BoxBlur(3)) for frame in change]
-    peaks = np.stack(blurred).max((1, 2), keepdims=True)
-    moving = np.stack(blurred) > np.maximum(8, 0.4 * peaks)
-    moved = np.stack([np.roll(frame, tuple(shift), (0, 1)) for frame, shift in zip(moving, shifts)])
-    return largest_regions(moved), shifts
+    blurred = np.stack([Image.fromarray(frame).filter(ImageFilter.BoxBlur(3)) for frame in change])
+    moving = blurred > np.maximum(8, 0.4 * blurred.max((1, 2), keepdims=True))
+    masks = largest_regions(np.stack([np.roll(m, tuple(shift), (0, 1)) for m, shift in zip(moving, shifts)]))
+    return masks & consistent(masks).all()
 
 
-def video_clip(name, frames, times):
-    """A window of a video -> clip, its facts from masks alone; "moving" is empty without a steady region."""
-    clip = {"name": name, "frames": frames, "times": times.tolist(), "static": [], "moving": []}
-    masks, shifts = motion_masks(frames)
+# another one: a function of frames (T, H, W, 3), phrase, mask files -> masks (T, H, W)
+SEGMENTERS = {"files": file_masks, "motion": motion_masks}
+
+
+def consistent(masks):
+    """Eq. 2 without a model: which masks (T, H, W) are neither too small nor of an odd size -> (T,)."""
     areas = masks.mean((1, 2))
-    growth = np.abs(np.diff(np.log(np.maximum(areas, 1e-9)))).max()  # a large one is another object
-    if areas.min() < HIDDEN_AREA or areas.max() > 0.5 or growth > np.log(MAX_GROWTH):
-        return clip
-    start, end = (np.array(where(masks[[frame]])[:2]) for frame in (0, -1))
-    right, down = (end - start - shifts[-1, ::-1] / frames.shape[2:0:-1]) * view_width(HFOV)
-    distances = 1 / np.sqrt(areas)
-    facts = motion_labels((right, -down, distances[-1] / distances[0] - 1), distances)
-    facts["ask"] = ["box", *(ask for ask, label in facts.items() if label)]
-    return clip | {"masks": {THING: masks}, "moving": [THING], "facts": {THING: facts}}
+    is_valid = (areas >= MIN_MASK) & (areas <= 0.5)
+    typical = np.median(areas[is_valid]) if is_valid.any() else 1
+    return is_valid & (areas <= MAX_GROWTH * typical) & (areas >= typical / MAX_GROWTH)
+
+
+# ---------------------------------------------------------------- real footage: geometry, clips, rows
+
+
+def cameras(poses):
+    """World-to-camera poses (T, 7) in OpenCV axes -> pos (T, 3), rot (T, 3, 3) as `rotation` has it."""
+    quaternion = poses[:, 3:] / np.linalg.norm(poses[:, 3:], axis=1, keepdims=True)  # x, y, z, w
+    cross = -np.cross(quaternion[:, None, :3], np.eye(3))  # (T, 3, 3), the matrix of v x
+    turn = np.eye(3) + 2 * quaternion[:, 3, None, None] * cross + 2 * cross @ cross  # world to camera
+    return -np.einsum("tji,tj->ti", turn, poses[:, :3]), turn.transpose(0, 2, 1) * [1, -1, 1]
+
+
+def object_facts(masks, notes):
+    """Masks (T, H, W) of a moving object, its clip's annotations -> its camera-free labels, and "ask".
+
+    Distances go by the mask's height (the width changes when a thing turns) and are of unknown scale: if the
+    camera travels, a label must hold for a thing at 2 and at 20 times its way. No direction without poses or
+    the background's shifts (T, 2), which stand in for a turning camera.
+    """
+    shown, (count, height, width) = np.flatnonzero(masks.any((1, 2))), masks.shape
+    lens, still = np.tile([1, width / height], (count, 1)) / view_width(HFOV), np.eye(7)[[6] * count]
+    pos, rot = cameras(notes.get("poses", still)[shown])
+    shifts = notes.get("shifts", np.zeros((count, 2)))[shown, ::-1] / [width, height]  # x, y
+    spots = np.array([where(masks[[t]])[:2] for t in shown]) - shifts  # (n, 2)
+    heights = np.array([[np.nonzero(masks[t])[0].std()] for t in shown]).clip(0.25)  # (n, 1)
+    flat = (spots - 0.5) * [1, -1] / notes.get("intrinsics", lens)[shown, :2]
+    rays = np.einsum("tij,tj->ti", rot, np.concatenate([flat, np.ones((len(shown), 1))], 1))
+    way, far = np.linalg.norm(pos - pos[0], axis=1).max(), 1 / heights  # (), (n, 1)
+    scales = np.array([2, 20]) * way / far.mean() if way > 0 else [1]
+    found = [path_labels(pos + scale * far * rays, pos, rot) for scale in scales]
+    known = ["direction", "distance"] if {"poses", "shifts"} & set(notes) else ["distance"]
+    facts = {ask: found[0][ask] for ask in known if found[0][ask] and found[0][ask] == found[-1][ask]}
+    return facts | {"ask": ["box", *facts]}
+
+
+def camera_segments(instructions, count):
+    """instructions.json -> [(start, end, label)] in our words and order: no "Stay", no opposites at once."""
+    segments = []
+    for span, labels in instructions.items():
+        start, end = (min(int(number), count - 1) for number in span.split("->"))
+        spelled = {label.replace("CCW", "Counter-Clockwise").replace("CW", "Clockwise") for label in labels}
+        moves = sorted(spelled - {"Stay"}, key=MOVES.index)
+        if start < end and moves and len({MOVES.index(move) // 2 for move in moves}) == len(moves):
+            segments.append((start, end, " and ".join(moves)))
+    return segments
+
+
+def contradicts(label, start, end):
+    """Whether a static thing's masks (H, W) moved or grew against the camera's label (Eq. 3).
+
+    Shifts are counted from where its growth alone would have put it; in a roll only growth counts.
+    """
+    x, y, growth = static_cue(start, end)
+    middle, scale = np.array(where(start[None])[:2]) - 0.5, np.exp(growth / 2)
+    moved = np.array([*(np.array([x, y]) - (scale - 1) * middle), growth])
+    # 0: no displacement is expected, or two that may cancel each other
+    expected = np.sum([WORDS["move"][move] for move in label.split(" and ")], 0)
+    return bool((moved * expected < -CUE_SLACK)[2 if "Roll" in label else 0 :].any())
+
+
+def real_clip(clip, notes, folder, start):
+    """Adds what is asked about to a clip: things, masks, facts, camera segments with evidence -> reasons."""
+    clip |= {"static": [], "moving": [], "masks": {}, "camera": [], "evidence": {}}
+    frames, names, reasons = clip["frames"], notes.get("objects", {}), Counter()
+    # motion finds no landmarks, so there are no questions about the camera
+    segments = [] if SEGMENTER == "motion" else camera_segments(notes.get("instructions", {}), len(frames))
+    if SEGMENTER == "motion" and "poses" not in notes:
+        notes = notes | {"shifts": global_shifts(frames.mean(-1))}
+    for kind, role in (("moving", "dynamic"), ("static", "static"))[: 2 if segments else 1]:
+        phrase = names.get(f"{role}_object") or f"{kind} object"
+        files = [folder / f"masks_{role}" / f"frame_{start + n:04d}.png" for n in range(len(frames))]
+        masks = SEGMENTERS[SEGMENTER](frames, phrase, files)
+        masks &= consistent(masks)[:, None, None]
+        if masks.any((1, 2)).sum() < 2:
+            reasons[f"clips show no consistent {role} object in two frames (Eq. 2)"] += 1
+        else:
+            clip[kind], clip["masks"][phrase] = [phrase], masks
+    clip["facts"] = {thing: object_facts(clip["masks"][thing], notes) for thing in clip["moving"]}
+    for first, last, label in segments:
+        ends = masks[[first, last]]  # the landmark's
+        if not ends.any((1, 2)).all():
+            reasons["camera segments lack the landmark at an end (Eq. 2)"] += 1
+            continue
+        is_odd = contradicts(label, *ends)
+        reasons["camera labels are contradicted by the landmark (Eq. 3)"] += is_odd
+        if not (is_odd and DROP_CONTRADICTED):
+            clip["camera"].append((first, last, label))
+            clip["evidence"][f"{first}->{last}"] = {"static_cue": static_cue(*ends), "contradicted": is_odd}
+    return reasons
 
 
 # ---------------------------------------------------------------- clips on disk
 
 
 def toy_clip(split, number):
-    """The toy clip of a split and number, a function of SEED alone -> clip, rows, reasons of dropped rows."""
+    """The toy clip of a split and number, by SEED alone -> [(clip, rows)], why other rows are dropped."""
     rng = np.random.default_rng([SEED, SPLITS.index(split), number])
     kinds = ("both", "sequence") if split.startswith("rl") else ("object", "camera")
     kind = kinds[int(rng.random() >= P_OBJECT_CLIP)]
@@ -881,105 +967,109 @@ def toy_clip(split, number):
     clip["moving"] = [thing["name"] for thing in clip["things"] if not thing["static"]]
     clip["facts"] = {thing["name"]: thing for thing in clip["things"]}
     if split.startswith("rl"):
-        return clip, compound_rows(rng, clip, kind), {}
+        return [(clip, compound_rows(rng, clip, kind))], {}
     make = pretrain_rows if split.startswith("pretrain") else camera_rows if kind == "camera" else object_rows
-    return clip, *accept(make, rng, clip)
+    rows, dropped = accept(make, rng, clip)
+    return [(clip, rows)], dropped
 
 
-def video_clips(split, number, path):
-    """A video -> [(clip, rows, reasons)] of its windows of MAX_FRAMES frames; a bad one gives a reason."""
-    made, half = [], MAX_FRAMES // 2
+def video_clips(name, number, path):
+    """A video -> [(clip, rows)] of its windows, why others are left out; unreadable ones are a reason."""
+    inside, made, dropped = Path(path).relative_to(Path(VIDEOS, FOLDERS[SOURCE][0])), [], Counter()
+    folder = Path(VIDEOS, FOLDERS[SOURCE][1], inside.with_suffix(""))
     try:
-        frames, times = read_video(path)
-    except Exception as error:  # decord raises many kinds; each means that this file cannot be used
-        return [({}, [], {f"{path} is unreadable ({type(error).__name__})": 1})]
-    cuts = np.flatnonzero(np.abs(np.diff(frames.mean(-1), axis=0)).mean((1, 2)) > MAX_JUMP) + 1
-    shots = [shot for shot in np.split(np.arange(len(frames)), cuts) if len(shot) >= half]
-    windows = [shot[i : i + MAX_FRAMES] for shot in shots for i in range(0, max(1, len(shot) - half), half)]
-    for window in windows:
-        rng = np.random.default_rng([SEED, number, window[0]])
-        clip = video_clip(f"{split}_{number:05d}_{window[0]:05d}", frames[window], times[window])
-        if clip["moving"]:
-            made.append((clip, *accept(object_rows, rng, clip)))
-        else:
-            made.append((clip, [], {f"{path}: a window without a steady moving region": 1}))
-    return made or [({}, [], {f"{path} has no shot of MAX_FRAMES / 2 frames at SAMPLE_FPS": 1})]
+        notes = read_notes(folder)
+        frames, times = read_video(path, notes.get("indexes"))
+        counts = {len(times), *(len(notes[kind]) for kind in ("poses", "intrinsics") if kind in notes)}
+        if len(counts) > 1 or (set(notes) - {"objects"} and len(times) > MAX_FRAMES):
+            return [], {"clips have not one pose a frame, or more than MAX_FRAMES annotated frames": 1}
+        # windows overlap by half; MAX_FRAMES frames or fewer are one window
+        for start in range(0, max(1, len(times) - MAX_FRAMES // 2), MAX_FRAMES // 2):
+            window, rng = slice(start, start + MAX_FRAMES), np.random.default_rng([SEED, number, start])
+            clip = {"name": f"{name}/{start:05d}", "frames": frames[window], "times": times[window].tolist()}
+            dropped += real_clip(clip, notes, folder, start)
+            rows, bad = accept(lambda *how: camera_rows(*how) + object_rows(*how), rng, clip)
+            made.append((clip, [item | {"row": item["row"] | {"video": str(inside)}} for item in rows]))
+            dropped += bad
+    except Exception as error:  # decord raises many kinds; each means that these files cannot be used
+        return [], {f"clips are unreadable ({type(error).__name__})": 1}
+    return made, dropped
 
 
 def accept(make, rng, clip):
     """Calls make(rng, clip) until the validator takes all rows, up to 3 times -> good rows, reasons."""
     for _ in range(3):
-        rows, reasons = make(rng, clip), []
-        for item in rows:
-            found = [validate(final_row(item, form), item.get("key")) for form in item.get("cot", [""])]
-            reasons.append(next((reason for reason in found if reason), None))
-        if not any(reasons):
+        rows = make(rng, clip)
+        tries = [(item, final_row(item, form)) for item in rows for form in FORMS]
+        bad = {item["row"]["id"]: reason for item, row in tries if (reason := validate(row, item.get("key")))}
+        if not bad:
             break
-    return [item for item, bad in zip(rows, reasons) if not bad], Counter(bad for bad in reasons if bad)
+    return [item for item in rows if item["row"]["id"] not in bad], Counter(bad.values())
 
 
 def final_row(item, form):
-    """A made row with one of its chains of thought; only "imagery" keeps the overlays. Others as they are."""
-    if "cot" not in item:
-        return item["row"]
-    row = item["row"] | {"text_output": item["cot"][form]}
-    return row if form == "imagery" else row | {"image_output": []}
+    """A made row in one of the FORMS: without imagery its placeholders are left out or put into words."""
+    row = item["row"]
+    if form == "imagery" or "spots" not in item:
+        return row
+    spots = item["spots"] if form == "verbal" else [""] * len(item["spots"])
+    first, *rest = row["text_output"].split(" <output_image>")
+    text = first + "".join(spot + part for spot, part in zip(spots, rest))
+    return row | {"text_output": text, "image_output": []}
 
 
-def save_clip(root, clip, rows, dropped):
-    """Writes a clip's frames, the overlays its rows name and rows.json under a temporary name; renames."""
-    folder = root / f"{clip['name']}.part"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    images = dict(zip(base_row(clip, "", "", "", "")["image_input"], clip["frames"]))
-    wanted = {name for item in rows for name in item["row"].get("image_output", [])}
-    for thing in clip["static"] + clip["moving"] if wanted else []:
-        for frame, mask in enumerate(clip["masks"][thing]):
-            if (name := overlay_name(clip, thing, frame)) in wanted:
-                images[name] = overlay(clip["frames"][frame], mask, ALPHA, OVERLAY_COLOUR)
+def save_clips(folder, clips, made):
+    """Writes frames of clips with rows, their overlays and rows.json under a temporary name, then renames."""
+    part, images = folder.with_name(f"{folder.name}.part"), {}
+    for clip, rows in clips:
+        images |= zip(base_row(clip, "", "", "", "", "")["image_input"] if rows else [], clip["frames"])
+        for item in rows:
+            for name, t in zip(item["row"].get("image_output", []), item.get("looks", [])):
+                mask = clip["masks"][item["thing"]][t]
+                images[name] = overlay(clip["frames"][t], mask, ALPHA, OVERLAY_COLOUR)
+    shutil.rmtree(part, ignore_errors=True)
     for name, image in images.items():
-        path = folder / name.split("/", 2)[2]
-        path.parent.mkdir(exist_ok=True)
+        path = part / name.split("/", 2)[2]
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path, quality=JPEG_QUALITY, subsampling=0)
-    (folder / "rows.json").write_text(json.dumps({"rows": rows, "dropped": dropped}))
-    folder.rename(root / clip["name"])
+    (part / "rows.json").write_text(json.dumps(made))
+    part.rename(folder)
 
 
 def work(job):
-    """(split, number, path) -> split, [{"rows", "dropped"}] of its clips, made now or read if finished."""
+    """A job -> split, path, {"rows", "dropped"} made now or read if finished, what it took (Counter)."""
     split, number, path = job
-    root = Path(OUT) / "processed_data"
-    done = root / f"{split}_{number:05d}" / "rows.json"
-    if done.exists():
-        return split, [json.loads(done.read_text())]
-    made = video_clips(*job) if path else [toy_clip(split, number)]
-    for clip, rows, dropped in made:
-        if rows and not (root / clip["name"]).exists():
-            save_clip(root, clip, rows, dropped)
-    return split, [{"rows": rows, "dropped": dropped} for _, rows, dropped in made]
+    folder = Path(OUT, "processed_data", f"{split}_{number:05d}")
+    SPENT.clear()
+    if (folder / "rows.json").exists():
+        return split, path, json.loads((folder / "rows.json").read_text()), {}
+    clips, dropped = video_clips(folder.name, number, path) if path else toy_clip(split, number)
+    made = {"rows": [item for _, rows in clips for item in rows], "dropped": dropped}
+    if made["rows"]:
+        save_clips(folder, clips, made)
+    return split, path, made, dict(SPENT)
 
 
-def start_worker(settings, parent):
+def start_worker(settings):
     """Gives a worker process the constants of the command line, and ends it when its parent is killed."""
     globals().update(settings)
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which lets clips be finished
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def end_with(parent):
-    """Ends this process as soon as the process `parent` is no longer its parent."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def end_with_parent():
+    """Ends this process as soon as the one that started it is gone."""
+    multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def list_jobs():
     """[(split, number, path of the video or "")] to make; exits on a choice that does not exist."""
-    choices = {"SOURCE": ("toy", "videos"), "COT": ("all", *FORMS), "SEGMENTER": ("motion",)}
+    choices = {"SOURCE": ("toy", *FOLDERS), "COT": ("all", *FORMS), "SEGMENTER": SEGMENTERS}
     for name, known in choices.items():
-        if globals()[name] not in known:
-            sys.exit(f"{name}={globals()[name]} is not one of {', '.join(known)}.")
-    if SOURCE == "videos":
-        return list_videos(VIDEOS)
+        check(globals()[name] in known, f"{name}={globals()[name]} is not one of {', '.join(known)}.")
+    if SOURCE != "toy":
+        return list_videos(VIDEOS and Path(VIDEOS, FOLDERS[SOURCE][0]))
     counts = [TRAIN_CLIPS, TEST_CLIPS, RL_TRAIN_CLIPS, RL_TEST_CLIPS]
     counts += [PRETRAIN_CLIPS, PRETRAIN_TEST_CLIPS if PRETRAIN_CLIPS else 0]
     return [(split, number, "") for split, count in zip(SPLITS, counts) for number in range(count)]
@@ -990,10 +1080,8 @@ def open_folder(out, constants):
     recorded, text = out / "constants.json", json.dumps(constants, indent=1)
     before = json.loads(recorded.read_text()) if recorded.exists() else {}
     changed = [name for name, value in json.loads(text).items() if before.get(name, value) != value]
-    if changed:
-        sys.exit(f"{out} was made with another {', '.join(changed)}; set OUT to a new folder or delete it.")
-    if not before and out.exists() and any(out.iterdir()):
-        sys.exit(f"{out} holds files of something else; set OUT to a new folder.")
+    check(not changed, f"{out} was made with another {', '.join(changed)}; set OUT to a new folder.")
+    check(before or not out.exists() or not any(out.iterdir()), f"{out} holds something else; set a new OUT.")
     if (out / "meta.json").exists():
         print(f"{out} is finished already, made with these very constants.")
         sys.exit(0)
@@ -1002,45 +1090,46 @@ def open_folder(out, constants):
 
 
 def write_files(out, items, dropped, constants):
-    """{split: made rows} -> the jsonl files and, last, meta.json with constants and counts; the counts."""
+    """{split: made rows} -> the jsonl files and, last, meta.json with constants and counts."""
     counts = {}
     for split, rows in items.items():
-        if not rows:
-            sys.exit(f"There are no rows for the split {split}; use more videos or another HELD_OUT or SEED.")
+        check(rows, f"There are no rows for the split {split}; use more videos or another HELD_OUT or SEED.")
         forms = [form for form in FORMS if COT in ("all", form)] if split in ("train", "test") else [""]
         for form in forms:
             path = out / f"{split}{'_' if form else ''}{form}.jsonl"
             path.write_text("".join(json.dumps(final_row(item, form)) + "\n" for item in rows))
         kinds = [item["row"].get("subtask", item["row"].get("Type")) for item in rows]
-        labels = Counter(f"{kind}: {item['label']}" for kind, item in zip(kinds, rows) if "box" not in kind)
-        counts[split] = {"rows": len(rows), "subtasks": dict(sorted(Counter(kinds).items()))}
-        counts[split]["labels"] = dict(sorted(labels.items()))
-    meta = {"constants": constants, "counts": counts, "dropped": dict(dropped)}
+        labels = sorted(f"{kind}: {item['label']}" for kind, item in zip(kinds, rows) if "box" not in kind)
+        counts[split] = {"rows": len(rows), "subtasks": {**Counter(sorted(kinds))}, "labels": Counter(labels)}
+        print(f"\n{split:13s} {len(rows):6d} rows {counts[split]['subtasks']}", end="")
+    meta = {"constants": constants, "counts": counts, "dropped": dropped}
     (out / "meta.json").write_text(json.dumps(meta, indent=1))
-    return counts
 
 
-if __name__ == "__main__":
-    # under torchrun the first process does it all, on WORKERS processes
-    if os.environ.get("RANK", "0") != "0":
-        sys.exit(0)
-    constants = set_constants(globals())
-    settings = {name: value for name, value in constants.items() if not isinstance(value, (list, dict))}
+# under torchrun the first process does it all
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    settings = {key: value for key, value in set_constants(globals()).items() if not isinstance(value, list)}
     recorded = {name: value for name, value in settings.items() if name not in ("OUT", "WORKERS")}
-    out, begun, items, dropped, jobs = Path(OUT), time.time(), {}, Counter(), list_jobs()
+    out, begun, items, dropped, jobs = Path(OUT), time.time(), {}, {}, list_jobs()
     open_folder(out, recorded)
-    with ProcessPoolExecutor(WORKERS, initializer=start_worker, initargs=(settings, os.getpid())) as pool:
-        results = pool.map(work, jobs, chunksize=8 if SOURCE == "toy" else 1)
-        for number, (split, made) in enumerate(results, 1):
-            for clip in made:
-                items.setdefault(split, []).extend(clip["rows"])
-                dropped.update(clip["dropped"])
-            if number % 100 == 0 or number == len(jobs):
-                print(f"\rclip {number:6d}/{len(jobs)} | {time.time() - begun:.0f} s", end="", flush=True)
+    try:
+        with ProcessPoolExecutor(WORKERS, initializer=start_worker, initargs=[settings]) as pool:
+            for number, (split, path, made, spent) in enumerate(pool.map(work, jobs, chunksize=1), 1):
+                items.setdefault(split, []).extend(made["rows"])
+                for reason, count in made["dropped"].items():
+                    dropped.setdefault(reason, []).extend([path or split] * count)
+                SPENT.update(spent)
+                if number % 8 == 0 or number == len(jobs):
+                    rate = number / (time.time() - begun)
+                    print(f"\rclip {number:6d}/{len(jobs)} | {rate:.1f} a second", end="", flush=True)
+    except KeyboardInterrupt:
+        sys.exit(f"Stopped; {out} keeps what is done, the same command goes on from there.")
     if PRETRAIN_CLIPS and SOURCE == "toy":
         items["pretrain"] += [option_row("pretrain", n) for n in range(OPTION_ROWS)]
         items["pretrain_test"] += [option_row("pretrain_test", n) for n in range(3 * PRETRAIN_TEST_CLIPS)]
-    for split, count in write_files(out, items, dropped, recorded).items():
-        print(f"\n{split:13s} {count['rows']:6d} rows {count['subtasks']}", end="")
-    print("".join(f"\ndropped {count}: {reason}" for reason, count in dropped.items()))
-    print(f"{out} is ready after {time.time() - begun:.0f} s.")
+    for reason, names in dropped.items():
+        print(f"\ndropped: {len(names)} {reason}, such as {', '.join(names[:3])}", end="")
+    rate = SPENT["frames"] / max(SPENT["decoding"], 1e-9)
+    print(f"\ndecoded: {SPENT['frames']} frames, {rate:.0f} a second and worker" * (rate > 0), end="")
+    write_files(out, items, dropped, recorded)
+    print(f"\n{out} is ready after {time.time() - begun:.0f} s.")

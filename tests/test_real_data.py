@@ -1,0 +1,529 @@
+"""Real clips in: a miniature SpatialVID in its own formats, made from toy clips whose truth is known."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT, one_thread, refused, run_script
+from PIL import Image
+
+import generate_data as gd
+from model import read_rows
+
+FLIP = np.array([1, -1, 1])  # our axes are right, up, forward; OpenCV's are right, down, forward
+
+
+def write_video(path, frames, fps=10, codec="mpeg4"):
+    """frames (T, H, W, 3) uint8 -> an mp4 file."""
+    av = pytest.importorskip("av")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height = frames.shape[2], frames.shape[1]
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 10**7
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def quaternion(turn):
+    """A rotation matrix (3, 3) of less than a half turn -> x, y, z, w."""
+    w = np.sqrt(1 + np.trace(turn)) / 2
+    x, y, z = turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0], turn[1, 0] - turn[0, 1]
+    return [x / (4 * w), y / (4 * w), z / (4 * w), w]
+
+
+def poses_of(pos, rot):
+    """The toy's camera -> SpatialVID's poses (T, 7): world to camera, OpenCV axes, a right-handed world."""
+    rows = []
+    for place, turn in zip(pos * FLIP, rot):
+        to_camera = (FLIP[:, None] * turn * FLIP).T
+        rows.append([*(-to_camera @ place), *quaternion(to_camera)])
+    return np.array(rows)
+
+
+def notes_of(clip):
+    """A toy clip's truth as SpatialVID's annotations, as read_notes gives them."""
+    count, focal = len(clip["times"]), 1 / gd.view_width(gd.HFOV)
+    short = {"Clockwise": "CW", "Counter-Clockwise": "CCW"}
+    spans = {}
+    for start, end, label in clip["camera"] or [(0, count - 1, "Stay")]:
+        moves = [move.split(" ") for move in label.split(" and ")]
+        spans[f"{start}->{end}"] = [" ".join(short.get(word, word) for word in move) for move in moves]
+    notes = {"indexes": np.arange(count) * 2, "poses": poses_of(clip["pos"], clip["rot"])}
+    notes |= {"intrinsics": np.tile([focal, focal, 0.5, 0.5], (count, 1)), "instructions": spans}
+    notes["objects"] = {"static_object": clip["static"][0]} if clip["static"] else {}
+    if clip["moving"]:
+        notes["objects"]["dynamic_object"] = clip["moving"][0]
+    return notes
+
+
+def write_clip(root, name, clip, notes):
+    """One clip of a miniature SpatialVID: each toy frame twice in the mp4, so that indexes are 0, 2, 4."""
+    seconds = clip["times"][1] - clip["times"][0]
+    write_video(root / f"videos/{name}.mp4", np.repeat(clip["frames"], 2, 0), int(2 / seconds))
+    folder = root / f"annotations/{name}"
+    folder.mkdir(parents=True)
+    lines = [f"# total {len(notes['indexes'])} indexes"]
+    lines += [f"{number} {index}" for number, index in enumerate(notes["indexes"])]
+    (folder / "indexes.txt").write_text("\n".join(lines) + "\n")
+    for kind in ("poses", "intrinsics"):
+        if kind in notes:
+            np.save(folder / f"{kind}.npy", notes[kind])
+    for kind in ("instructions", "objects"):
+        (folder / f"{kind}.json").write_text(json.dumps(notes[kind]))
+    (folder / "caption.json").write_text(
+        json.dumps({"SceneSummary": "A plain.", "CameraMotion": "It moves."})
+    )
+    for role, things in (("static", clip["static"]), ("dynamic", clip["moving"])):
+        for number, mask in enumerate(clip["masks"][things[0]] if things else []):
+            (folder / f"masks_{role}").mkdir(exist_ok=True)
+            Image.fromarray(mask).save(folder / f"masks_{role}/frame_{number:04d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """Toy clips, the truth of this file."""
+    return [gd.toy_clip("train", number)[0][0][0] for number in range(60)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, clips):
+    """A miniature SpatialVID of 14 clips in two groups."""
+    root = tmp_path_factory.mktemp("spatial vid ü")
+    for number, clip in enumerate(clips[:14]):
+        write_clip(root, f"group_{number % 2:04d}/{number:04d}-uuid", clip, notes_of(clip))
+    return root
+
+
+def generate(monkeypatch, world, out, *words):
+    """Runs the stage over a SpatialVID folder -> the rows of both splits, by split."""
+    run_script(monkeypatch, "generate_data.py", "SOURCE=spatialvid", f"VIDEOS={world}", f"OUT={out}", *words)
+    return {split: rows_of(out / f"{split}_imagery.jsonl") for split in ("train", "test")}
+
+
+def rows_of(path):
+    """The raw rows of a jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def label_of(row):
+    """The text of a row's answer, without its letter."""
+    return re.search(r"<answer>[A-D]\. (.*)</answer>", row["text_output"])[1]
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_poses_are_world_to_camera_in_opencv_axes(clips):
+    """A hand-worked pose, and the toy's cameras there and back."""
+    half = np.sqrt(0.5)
+    pos, rot = gd.cameras(np.array([[0, 0, 5, 0, 0, 0, 1.0], [1, 0, 0, 0, half, 0, half]]))
+    assert pos[0].tolist() == [0, 0, -5]  # the world's origin stands 5 before the camera
+    assert rot[0].tolist() == [[1, 0, 0], [0, -1, 0], [0, 0, 1]]  # up is against OpenCV's y
+    # a quarter turn about y, world to camera: x' = z, z' = -x; the camera looks along the world's -x
+    assert np.allclose(rot[1][:, 2], [-1, 0, 0]) and np.allclose(rot[1][:, 0], [0, 0, 1])
+    assert np.allclose(pos[1], [0, 0, -1])
+    for clip in clips[:5]:
+        pos, rot = gd.cameras(poses_of(clip["pos"], clip["rot"]))
+        assert np.allclose(pos * FLIP, clip["pos"]) and np.allclose(FLIP[:, None] * rot, clip["rot"])
+
+
+def test_instructions_become_labels_in_our_words():
+    """CW and CCW are spelled out, "Stay" is never a label, opposites at once are no label, n is n - 1."""
+    spans = {"0->3": ["Stay"], "3->5": ["Roll CCW", "Dolly In", "Pan Left"], "5->8": ["Roll CW", "Stay"]}
+    spans |= {"1->2": ["Pan Left", "Pan Right"], "7->8": ["Dolly In"]}
+    found = gd.camera_segments(spans, 8)
+    assert found == [(3, 5, "Pan Left and Roll Counter-Clockwise and Dolly In"), (5, 7, "Roll Clockwise")]
+    with pytest.raises(ValueError):
+        gd.camera_segments({"0->1": ["Zoom In"]}, 8)
+
+
+@pytest.mark.parametrize(
+    "label", ["Pan Left", "Pan Left and Truck Right", "Tilt Up and Roll Clockwise and Dolly In"]
+)
+def test_options_of_any_camera_label_are_two_opposites(label):
+    """Also for pairs that the toy never has, and for three movements: four options, all with opposites."""
+    for seed in range(20):
+        for other in (None, "Pan Right", "Dolly In", label):
+            options = gd.camera_options(np.random.default_rng(seed), label, other)
+            assert options[0] == label and len(set(options)) == 4
+            assert {gd.opposite(option) for option in options} == set(options)
+            assert len({option.count(" and ") for option in options}) == 1
+
+
+def test_mask_images_are_read_at_the_size_of_the_frames(tmp_path):
+    """White is the object, a missing image an empty mask; the image may be larger than the frame."""
+    mask = np.zeros((60, 80), np.uint8)
+    mask[:30, :40] = 255
+    Image.fromarray(mask).save(tmp_path / "frame_0001.png")
+    files = [tmp_path / f"frame_{number:04d}.png" for number in range(3)]
+    masks = gd.file_masks(np.zeros((3, 30, 40, 3), np.uint8), "", files)
+    assert masks.shape == (3, 30, 40) and not masks[[0, 2]].any()
+    assert masks[1, :15, :20].all() and masks[1].sum() == 300
+
+
+def test_consistency_filter_drops_frames():
+    """Eq. 2 on worked areas: a speck, a jump to five times the size and an empty mask are dropped."""
+    masks = np.zeros((6, 100, 100), bool)
+    for number, area in enumerate([400, 500, 9, 2500, 0, 600]):
+        masks[number].reshape(-1)[:area] = True
+    assert gd.consistent(masks).tolist() == [True, True, False, False, False, True]
+    assert not gd.consistent(masks & False).any()
+
+
+# ---------------------------------------------------------------- labels
+
+
+def test_the_landmark_proves_or_contradicts_the_camera_label():
+    """Eq. 3: a landmark that goes left proves a pan to the right; growth off the centre is no pan."""
+
+    def square(x, y, side):
+        mask = np.zeros((200, 200), bool)
+        mask[y - side // 2 : y + side // 2, x - side // 2 : x + side // 2] = True
+        return mask
+
+    start, left, grown = square(100, 100, 20), square(60, 100, 20), square(100, 100, 40)
+    for label in ("Pan Right", "Truck Right", "Pan Right and Tilt Up", "Dolly In", "Roll Clockwise"):
+        assert not gd.contradicts(label, start, left), label
+    assert gd.contradicts("Pan Left", start, left) and gd.contradicts("Truck Left and Dolly In", start, left)
+    assert not gd.contradicts("Pan Left and Roll Clockwise", start, left)  # a roll moves it too
+    assert not gd.contradicts("Pan Left and Truck Right", start, left)  # they may cancel
+    assert gd.contradicts("Dolly Out", start, grown) and not gd.contradicts("Dolly In", start, grown)
+    aside = square(140, 100, 20), square(180, 100, 40)  # twice as near: 40 pixels off the centre become 80
+    assert not gd.contradicts("Pan Right and Dolly In", *aside)
+    assert not gd.contradicts("Pan Left and Dolly In", *aside)
+
+
+def test_true_labels_are_hardly_ever_contradicted(clips):
+    """The toy's own camera labels pass, their opposites do not."""
+    passed, caught, count = 0, 0, 0
+    for clip in clips:
+        for start, end, label in clip["camera"]:
+            masks = clip["masks"][clip["static"][0]][[start, end]]
+            if masks.mean((1, 2)).min() < 0.005 or "Roll" in label:
+                continue
+            count += 1
+            passed += not gd.contradicts(label, *masks)
+            caught += gd.contradicts(gd.opposite(label), *masks)
+    assert count > 15 and passed >= 0.95 * count and caught >= 0.9 * count
+
+
+def agreement(clips):
+    """Labels read from masks and poses against the toy's truth -> Counter of (question, label, verdict)."""
+    seen = Counter()
+    for clip in clips:
+        for thing in clip["moving"]:
+            masks = clip["masks"][thing] & gd.consistent(clip["masks"][thing])[:, None, None]
+            if masks.any((1, 2)).sum() < len(masks):
+                continue  # the truth is that of all frames
+            facts = gd.object_facts(masks, notes_of(clip | {"moving": [thing]}))
+            truth = gd.path_labels(clip["facts"][thing]["path"], clip["pos"], clip["rot"])
+            for ask in ("direction", "distance"):
+                verdict = "unasked" if ask not in facts else "right" if facts[ask] == truth[ask] else "wrong"
+                seen[ask, truth[ask], verdict if truth[ask] else "unclear"] += 1
+    return seen
+
+
+def test_geometry_finds_the_toys_labels(clips):
+    """Camera motion removed by the poses: what is asked is right in 95 of 100 cases."""
+    seen = agreement(clips)
+    counts = Counter()
+    for (ask, _, verdict), count in seen.items():
+        counts[ask, verdict] += count
+    for ask in ("direction", "distance"):
+        right, wrong = counts[ask, "right"], counts[ask, "wrong"]
+        assert right > 20 and right >= 0.95 * (right + wrong), counts
+
+
+def test_a_travelling_camera_needs_agreement():
+    """A thing that lags behind a truck to the right moves right if it is near, left if it is far: unclear."""
+    masks = np.zeros((4, 40, 40), bool)
+    for mask, left in zip(masks, (22, 20, 17, 15)):
+        mask[15:25, left : left + 10] = True
+    poses = np.tile([0, 0, 0, 0, 0, 0, 1.0], (4, 1))
+    poses[:, 0] = [0, -1, -2, -3]  # the camera goes right by 3
+    assert "direction" not in gd.object_facts(masks, {"poses": poses})
+    assert gd.object_facts(masks, {"poses": poses[[0] * 4]})["direction"] == "Moving Left"
+    assert gd.object_facts(masks, {})["ask"] == ["box", "distance"]  # no poses: no direction
+
+
+# ---------------------------------------------------------------- the whole stage
+
+
+def test_a_miniature_spatialvid_becomes_rows(world, clips, monkeypatch, tmp_path, capsys):
+    """Every row is valid, has true times, the truth of its clip as key, and its evidence."""
+    rows = generate(monkeypatch, world, tmp_path / "out", "WORKERS=2")
+    everything = rows["train"] + rows["test"]
+    told = capsys.readouterr().out
+    assert re.search(r"decoded: 112 frames, \d+ a second", told)
+    asked = Counter(row["subtask"] for row in everything)
+    assert sum(asked.values()) > 14 and {"camera_single", "object_direction"} <= set(asked)
+    for row in everything:
+        clip = clips[int(row["video"].split("/")[1][:4])]
+        assert row["times"] == clip["times"] and len(row["image_input"]) == gd.FRAMES
+        options = dict(re.findall(r"^([A-D])\. (.*)$", row["text_input"], flags=re.M))
+        assert "Stay" not in options.values() and "CW" not in str(options)
+        assert (
+            gd.validate(row, next(letter for letter in options if options[letter] == label_of(row))) is None
+        )
+        if row["subtask"].startswith("camera"):
+            start, end = (int(number) for number in row["id"].rpartition("_")[2].split("->"))
+            assert (start, end, label_of(row)) in clip["camera"]
+            cue = gd.static_cue(*clip["masks"][clip["static"][0]][[start, end]])
+            assert np.allclose(row["static_cue"], cue, atol=0.02) and row["contradicted"] is False
+            assert clip["static"][0] in row["text_output"]
+        else:
+            assert clip["moving"][0] in row["text_input"]
+    for split in rows:
+        read = read_rows(tmp_path / "out" / f"{split}_imagery.jsonl")
+        frame = np.asarray(Image.open(read[0]["image_input"][3])).astype(int)
+        clip = clips[int(rows[split][0]["video"].split("/")[1][:4])]
+        assert np.abs(frame - clip["frames"][3]).mean() < 12  # the annotated frame, not its neighbour
+        assert np.abs(frame - clip["frames"][0]).mean() > np.abs(frame - clip["frames"][3]).mean()
+
+
+def test_contradicted_labels_are_dropped_or_flagged(clips, monkeypatch, tmp_path, capsys):
+    """A label turned round: dropped with its clip named; DROP_CONTRADICTED=False keeps and flags it."""
+    chosen = [clip for clip in clips if clip["camera"] and "Pan" in str(clip["camera"]) and clip["static"]]
+    chosen = [clip for clip in chosen if len(clip["camera"]) == 1 and "Roll" not in str(clip["camera"])]
+    chosen = [clip for clip in chosen if gd.consistent(clip["masks"][clip["static"][0]])[[0, -1]].all()][:3]
+    for number, clip in enumerate(chosen):
+        notes = notes_of(clip)
+        if number == 1:
+            wrong = clip | {"camera": [(*part[:2], gd.opposite(part[2])) for part in clip["camera"]]}
+            notes["instructions"] = notes_of(wrong)["instructions"]
+        write_clip(tmp_path / "in", f"group_0/{'abc'[number]}", clip, notes)
+    for drop in (True, False):
+        words = (f"DROP_CONTRADICTED={drop}", "WORKERS=1", "HELD_OUT=0.3")
+        rows = generate(monkeypatch, tmp_path / "in", tmp_path / f"out{drop}", *words)
+        flags = {
+            row["video"]: row["contradicted"] for row in rows["train"] + rows["test"] if "static_cue" in row
+        }
+        odd = {"group_0/b.mp4": True}
+        assert flags == {"group_0/a.mp4": False, "group_0/c.mp4": False} | ({} if drop else odd)
+        told = capsys.readouterr().out
+        assert re.search(r"dropped: 1 camera labels are contradicted.*b\.mp4", told)
+
+
+def test_bad_clips_are_counted_and_named(clips, monkeypatch, tmp_path, capsys):
+    """Truncated, empty, audio-only, one-frame and odd-sized videos, broken annotations, equal names."""
+    av = pytest.importorskip("av")
+    good = [clip for clip in clips if clip["camera"] and clip["static"]][:4]
+    for number, name in enumerate(["g1/same", "g2/same", "g1/odd størrelse", "g1/short"]):
+        clip = good[number]
+        if "odd" in name:
+            small = {
+                "frames": clip["frames"][:, :55, :53],
+                "masks": {n: m[:, :55, :53] for n, m in clip["masks"].items()},
+            }
+            clip = clip | small
+        write_clip(tmp_path / "in", name, clip, notes_of(clip))
+    videos, notes = tmp_path / "in/videos", tmp_path / "in/annotations"
+    for name in ("cut", "empty", "audio", "one", "nopose", "long", "words", "mask"):
+        shutil.copytree(notes / "g1/same", notes / f"g1/{name}")
+        shutil.copy(videos / "g1/same.mp4", videos / f"g1/{name}.mp4")
+    whole = (videos / "g1/same.mp4").read_bytes()
+    (videos / "g1/cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (videos / "g1/empty.mp4").write_bytes(b"")
+    with av.open(str(videos / "g1/audio.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.rate = 16000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    write_video(videos / "g1/one.mp4", good[0]["frames"][:1])
+    (notes / "g1/nopose/poses.npy").unlink()
+    lines = [f"{number} {number % 8}" for number in range(51)]
+    (notes / "g1/long/indexes.txt").write_text("\n".join(lines))
+    (notes / "g1/words/instructions.json").write_text('{"0->7": ["Zoom In"]}')
+    (notes / "g1/mask/masks_static/frame_0000.png").write_bytes(b"no image")
+    np.save(notes / "g1/short/poses.npy", np.zeros((3, 7)))
+    rows = generate(monkeypatch, tmp_path / "in", tmp_path / "out", "WORKERS=2", "HELD_OUT=0.3", "SEED=1")
+    everything = rows["train"] + rows["test"]
+    told = capsys.readouterr().out
+    used = {row["video"] for row in everything}
+    assert used == {"g1/same.mp4", "g2/same.mp4", "g1/odd størrelse.mp4"}
+    assert len({row["clip"] for row in everything}) == 3  # two clips of one name stay two
+    for reason, names in {
+        "clips are unreadable": ["cut", "empty", "audio", "one", "nopose", "words", "mask"],
+        "have not one pose a frame": ["long", "short"],
+    }.items():
+        listed = "\n".join(line for line in told.split("\n") if reason in line)
+        counts = [int(count) for count in re.findall(r"dropped: (\d+)", listed)]
+        assert sum(counts) == len(names), told
+        assert sum(f"{name}.mp4" in listed for name in names) >= min(3, len(names)), told
+    folders = [folder.name for folder in (tmp_path / "out/processed_data").iterdir()]
+    assert len(folders) == 3 and not any(name.endswith(".part") for name in folders)
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    assert sum(len(names) for reason, names in meta["dropped"].items() if "unreadable" in reason) == 7
+
+
+def test_a_folder_of_videos_has_object_questions_alone(clips, monkeypatch, tmp_path):
+    """SOURCE="videos": frames at SAMPLE_FPS with their times; masks beside the mp4, no poses needed."""
+    for number, clip in enumerate([clip for clip in clips if clip["moving"] and not clip["camera"]][:4]):
+        folder = write_clip(tmp_path / "made", f"{number}", clip, notes_of(clip))
+        write_video(tmp_path / f"in/clip {'abcd'[number]}.mp4", np.repeat(clip["frames"], 5, 0), 10)
+        shutil.copytree(folder / "masks_dynamic", tmp_path / f"in/clip {'abcd'[number]}/masks_dynamic")
+    words = (f"VIDEOS={tmp_path / 'in'}", f"OUT={tmp_path / 'out'}", "SAMPLE_FPS=2", "WORKERS=1")
+    run_script(monkeypatch, "generate_data.py", "SOURCE=videos", *words)
+    rows = rows_of(tmp_path / "out/train_imagery.jsonl")
+    assert {row["subtask"] for row in rows} <= {"object_box", "object_distance"} and rows
+    assert all(np.allclose(row["times"], np.arange(8) / 2, atol=0.01) for row in rows)
+    assert all("moving object" in row["text_input"] for row in rows)
+
+
+def test_long_videos_become_windows(clips, monkeypatch, tmp_path):
+    """Windows of MAX_FRAMES frames overlap by half; mask images count the frames of the whole video."""
+    for number, clip in enumerate([clip for clip in clips if clip["moving"] and not clip["camera"]][:2]):
+        folder = write_clip(tmp_path / "made", f"{number}", clip, notes_of(clip))
+        write_video(tmp_path / f"in/{'ab'[number]}.mp4", np.repeat(clip["frames"], 5, 0), 10)
+        shutil.copytree(folder / "masks_dynamic", tmp_path / f"in/{'ab'[number]}/masks_dynamic")
+    words = (
+        f"VIDEOS={tmp_path / 'in'}",
+        f"OUT={tmp_path / 'out'}",
+        "SAMPLE_FPS=2",
+        "MAX_FRAMES=4",
+        "WORKERS=1",
+    )
+    run_script(monkeypatch, "generate_data.py", "SOURCE=videos", *words)
+    rows = rows_of(tmp_path / "out/train_imagery.jsonl") + rows_of(tmp_path / "out/test_imagery.jsonl")
+    firsts = {row["clip"].rpartition("/")[2]: row["times"][0] for row in rows}
+    assert firsts == {"00000": 0.0, "00002": 1.0, "00004": 2.0} and all(
+        len(row["times"]) == 4 for row in rows
+    )
+    for row in rows:
+        frame = np.asarray(Image.open(tmp_path / "out" / row["image_input"][0])).astype(int)
+        marked = np.asarray(Image.open(tmp_path / "out" / row["image_output"][0])).astype(int)
+        first, video = int(row["clip"][-5:]), row["video"].removesuffix(".mp4")
+        mask = Image.open(tmp_path / f"in/{video}/masks_dynamic/frame_{first:04d}.png")
+        reddened = np.abs(frame - marked).max(-1) > 40
+        if row["image_output"][0].endswith("0000.jpg"):
+            assert (reddened != np.asarray(mask.convert("L")) // 255).mean() < 0.03
+
+
+def test_ctrl_c_loses_nothing(world, monkeypatch, tmp_path):
+    """A run stopped in the middle says so in a sentence, and ends in the same bytes as one that was not."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    generate(monkeypatch, world, whole, "WORKERS=2")
+    command = [sys.executable, str(ROOT / "generate_data.py"), "SOURCE=spatialvid", f"VIDEOS={world}"]
+    run = subprocess.Popen([*command, f"OUT={cut}", "WORKERS=1"], env=one_thread(), stderr=subprocess.PIPE)
+    while run.poll() is None and not list(cut.glob("processed_data/*/rows.json")):
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    said = run.communicate(timeout=300)[1].decode()
+    if run.returncode:  # it may have been done already
+        assert "the same command goes on from there" in said and "Traceback" not in said
+        assert not (cut / "meta.json").exists()
+        generate(monkeypatch, world, cut, "WORKERS=1")
+    names = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file())
+    assert names == sorted(str(path.relative_to(cut)) for path in cut.rglob("*") if path.is_file())
+    assert all((whole / name).read_bytes() == (cut / name).read_bytes() for name in names)
+
+
+# ---------------------------------------------------------------- SEGMENTER="motion"
+
+
+def moving_square(step_x, step_y, shift, count=16, seed=0):
+    """A bright square on a textured ground: it moves by step, the whole picture by shift a frame."""
+    rng = np.random.default_rng(seed)
+    ground = np.kron(rng.integers(40, 120, (40, 60)), np.ones((6, 6))).astype(np.uint8)
+    frames = []
+    for t in range(count):
+        picture = np.roll(ground, t * shift, 1)[:120, :160].copy()
+        x, y = 30 + t * (step_x + shift), 10 + t * step_y
+        picture[y : y + 22, x : x + 22] = 250
+        frames.append(np.repeat(picture[:, :, None], 3, 2))
+    return np.stack(frames)
+
+
+def test_motion_masks_follow_the_square_and_the_background():
+    """The largest region is the square, the shift is that of the background."""
+    frames = moving_square(8, 0, 2, count=8)
+    masks, shifts = gd.motion_masks(frames, "", []), gd.global_shifts(frames.mean(-1))
+    assert shifts[:, 1].tolist() == [2 * t for t in range(8)] and not shifts[:, 0].any()
+    for t in (0, 7):
+        x, y, area = gd.where(masks[[t]])
+        assert abs(x * 160 - (41 + 10 * t)) < 4 and abs(y * 120 - 21) < 4 and 0.02 < area < 0.06
+
+
+def test_largest_regions_are_connected():
+    """A worked example: the region of 3 pixels is kept, a diagonal neighbour is another region."""
+    mask = np.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]], bool)[None]
+    assert gd.largest_regions(mask)[0].astype(int).tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert not gd.largest_regions(mask & False).any()
+
+
+def test_a_region_that_jumps_in_size_is_no_object():
+    """The square for three frames, half the picture in the fourth: no mask at all, not three of four."""
+    frames = moving_square(8, 0, 0, count=8)
+    assert gd.motion_masks(frames, "", []).any((1, 2)).all()
+    frames[3, :, 80:] = 255
+    assert not gd.motion_masks(frames, "", []).any()
+
+
+def test_motion_finds_objects_in_plain_videos(monkeypatch, tmp_path, capsys):
+    """True times, motion without the camera's share, splits by scene, unreadable files named."""
+    videos = tmp_path / "some clips"
+    write_video(videos / "square_a.mp4", moving_square(4, 0, -1))
+    write_video(videos / "square_b.mp4", moving_square(4, 0, -1, seed=1))
+    write_video(videos / "deep" / "fällt.mp4", moving_square(0, 4, 1))
+    (videos / "empty.mp4").write_bytes(b"")
+    (videos / "noise.mp4").write_bytes(bytes(range(256)) * 20)
+    words = ["SOURCE=videos", "SEGMENTER=motion", f"VIDEOS={videos}", f"OUT={tmp_path / 'real'}", "SEED=3"]
+    words += ["SAMPLE_FPS=5.0", "MAX_FRAMES=8", "MAX_SIDE=96", "WORKERS=1", "HELD_OUT=0.3"]
+    run_script(monkeypatch, "generate_data.py", *words)
+    told = capsys.readouterr().out
+    assert "2 clips are unreadable" in told and "empty.mp4" in told and "noise.mp4" in told
+    rows = {split: rows_of(tmp_path / f"real/{split}_imagery.jsonl") for split in ("train", "test")}
+    everything = rows["train"] + rows["test"]
+    assert {label_of(row) for row in everything if "direct" in row["id"]} == {"Moving Right", "Moving Down"}
+    assert all(np.allclose(np.diff(row["times"]), 0.2, atol=0.01) for row in everything)
+    assert all("the moving object" in row["text_input"] for row in everything)
+    split_of = {}
+    for split, found in rows.items():
+        for row in found:
+            split_of.setdefault(row["video"].rpartition("_")[0], set()).add(split)
+    assert all(len(splits) == 1 for splits in split_of.values())
+    made = read_rows(tmp_path / "real/test_imagery.jsonl")
+    assert Image.open(made[0]["image_input"][0]).size == (96, 72)
+    with pytest.raises(SystemExit) as done:
+        run_script(monkeypatch, "generate_data.py", *words)
+    assert done.value.code == 0
+
+
+def test_motion_takes_the_camera_out_by_poses_where_there_are_any(monkeypatch, tmp_path):
+    """SEGMENTER="motion" with poses: object questions alone, since it finds no landmarks."""
+    called = []
+    monkeypatch.setattr(gd, "global_shifts", lambda grey: called.append(1) or np.zeros((len(grey), 2), int))
+    clip = {"frames": moving_square(8, 0, 0, count=8)}
+    monkeypatch.setattr(gd, "SEGMENTER", "motion")
+    poses = np.tile([0, 0, 0, 0, 0, 0, 1.0], (8, 1))
+    gd.real_clip(clip, {"poses": poses, "instructions": {"0->7": ["Pan Left"]}}, tmp_path, 0)
+    assert len(called) == 1 and clip["camera"] == [] and clip["static"] == []  # only the masks asked for it
+    assert clip["facts"]["moving object"]["direction"] == "Moving Right"
+
+
+def test_scenes_share_a_split(tmp_path):
+    """Files named alike before the last "_" stay together; a single scene is refused."""
+    for name in ("car_1.mp4", "car_2.mp4", "bike.mp4", "dog.mp4"):
+        (tmp_path / name).touch()
+    jobs = gd.list_videos(tmp_path)
+    split_of = {Path(path).stem: split for split, _, path in jobs}
+    assert split_of["car_1"] == split_of["car_2"] and set(split_of.values()) == {"train", "test"}
+    (tmp_path / "ant.mp4").touch()
+    numbers = {path: number for _, number, path in gd.list_videos(tmp_path)}
+    assert all(numbers[path] == number for _, number, path in jobs)  # a file more renames no clip
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "car_1.mp4").touch()
+    refused(lambda: gd.list_videos(alone), "one scene only")
