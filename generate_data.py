@@ -88,6 +88,7 @@ NOISE = 4.0  # standard deviation of the pixel noise, of 255 (ours)
 SEGMENTER = "files"  # "files" | "motion" (crude, needs no masks): where masks come from
 SAMPLE_FPS = 1.0  # frames a second of videos without indexes.txt (release)
 MAX_FRAMES = 50  # frames of a clip: annotated ones with more are skipped (release), others cut
+MAX_JUMP = 45.0  # mean change of brightness between frames, of 255, that is a cut: no motion masks (ours)
 MAX_SIDE = 640  # longer side of the stored frames, pixels (ours)
 MIN_MASK = 0.001  # Eq. 2: least area of a mask, share of the frame (release)
 MAX_GROWTH = 4.0  # Eq. 2: largest ratio between a mask's area and the median of its clip (ours)
@@ -776,10 +777,10 @@ def list_videos(folder):
 
 def read_notes(folder):
     """A clip's annotations in SpatialVID's files -> {"indexes": (T,), "poses": (T, 7), ...}, if there."""
-    readers = {"indexes.txt": lambda path: np.loadtxt(path, int, ndmin=2)[:, 1], "poses.npy": np.load}
-    readers |= {"intrinsics.npy": np.load, "instructions.json": lambda path: json.loads(path.read_text())}
-    needed = list(readers) if SOURCE == "spatialvid" else []
-    readers |= {"objects.json": readers["instructions.json"]}
+    readers = {"indexes.txt": lambda path: np.loadtxt(path, int, ndmin=2)[:, 1]}
+    readers |= {"poses.npy": np.load, "intrinsics.npy": np.load}
+    readers |= dict.fromkeys(["instructions.json", "objects.json"], lambda path: json.loads(path.read_text()))
+    needed = list(readers)[:-1] if SOURCE == "spatialvid" else []
     names = [name for name in readers if name in needed or (folder / name).exists()]
     return {name.split(".")[0]: readers[name](folder / name) for name in names}
 
@@ -821,8 +822,7 @@ def global_shifts(grey):
         cross = spectra[1:] * spectra[:-1].conj()
         peaks = np.fft.irfft2(cross / (np.abs(cross) + 1e-6), s=size).reshape(len(grey) - 1, -1).argmax(1)
         steps.append((np.stack(np.unravel_index(peaks, size), -1) + size // 2) % size - size // 2)
-    moved = np.cumsum(np.median(steps, 0), 0).astype(int)  # (T - 1, 2)
-    return np.concatenate([np.zeros((1, 2), int), moved])
+    return np.concatenate([np.zeros((1, 2), int), np.cumsum(np.median(steps, 0), 0).astype(int)])
 
 
 def largest_regions(masks):
@@ -837,7 +837,7 @@ def largest_regions(masks):
 
 
 def motion_masks(frames, phrase, files):
-    """Frames (T, H, W, 3) -> masks (T, H, W) of what moves most; empty if its size is not steady.
+    """Frames (T, H, W, 3) -> masks (T, H, W) of what moves most; empty if its size is unsteady or at a cut.
 
     Difference to the median over time once the global shift is removed, blurred; largest region of a frame.
     Crude: of a thing that moves less than its own width only the edges are found.
@@ -849,7 +849,8 @@ def motion_masks(frames, phrase, files):
     blurred = np.stack([Image.fromarray(frame).filter(ImageFilter.BoxBlur(3)) for frame in change])
     moving = blurred > np.maximum(8, 0.4 * blurred.max((1, 2), keepdims=True))
     masks = largest_regions(np.stack([np.roll(m, tuple(shift), (0, 1)) for m, shift in zip(moving, shifts)]))
-    return masks & consistent(masks).all()
+    # another size is another object, a leap of all the brightness is a cut
+    return masks & consistent(masks).all() & (np.abs(np.diff(grey, axis=0)).mean((1, 2)).max() < MAX_JUMP)
 
 
 # another one: a function of frames (T, H, W, 3), phrase, mask files -> masks (T, H, W)

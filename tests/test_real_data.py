@@ -471,6 +471,16 @@ def test_a_region_that_jumps_in_size_is_no_object():
     assert not gd.motion_masks(frames, "", []).any()
 
 
+def test_a_window_across_a_cut_has_no_object():
+    """Two scenes of four frames: their difference would look like a steady region in all eight."""
+    one, two = moving_square(8, 0, 0, count=8), 255 - moving_square(0, 6, 0, count=8, seed=9)
+    cut = np.concatenate([one[:4], two[4:]])
+    assert not gd.motion_masks(cut, "", []).any()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gd, "MAX_JUMP", 255.0)
+        assert gd.motion_masks(cut, "", []).any((1, 2)).all()
+
+
 def test_motion_finds_objects_in_plain_videos(monkeypatch, tmp_path, capsys):
     """True times, motion without the camera's share, splits by scene, unreadable files named."""
     videos = tmp_path / "some clips"
