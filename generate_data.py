@@ -88,7 +88,7 @@ NOISE = 4.0  # standard deviation of the pixel noise, of 255 (ours)
 SEGMENTER = "files"  # "files" | "motion" (crude, needs no masks): where masks come from
 SAMPLE_FPS = 1.0  # frames a second of videos without indexes.txt (release)
 MAX_FRAMES = 50  # frames of a clip: annotated ones with more are skipped (release), others cut
-MAX_JUMP = 45.0  # mean change of brightness between frames, of 255, that is a cut: no motion masks (ours)
+MAX_JUMP = 45.0  # mean change of brightness between neighbouring frames, of 255, that is a cut (ours)
 MAX_SIDE = 640  # longer side of the stored frames, pixels (ours)
 MIN_MASK = 0.001  # Eq. 2: least area of a mask, share of the frame (release)
 MAX_GROWTH = 4.0  # Eq. 2: largest ratio between a mask's area and the median of its clip (ours)
@@ -98,7 +98,6 @@ HELD_OUT = 0.25  # share of the scenes that go to test_*.jsonl (ours)
 # overlay
 ALPHA = 0.4  # Eq. 1 (release)
 OVERLAY_COLOUR = (255, 0, 0)  # Eq. 1, RGB (release)
-JPEG_QUALITY = 95  # frames and overlays, no chroma subsampling (ours)
 # system
 SEED = 0  # every clip's generator is a function of (SEED, split, number)
 WORKERS = os.cpu_count()  # processes; the files do not depend on it
@@ -651,19 +650,17 @@ def validate(row, key=None):
     parts = re.fullmatch(r"<think>(.*)</think>\s*<answer>(.*)</answer>", text, flags=re.S)
     thought, answer = parts.groups() if parts else ("", "")
     tags = re.search("</?(think|answer)>", thought + answer)
-    frames = [int(re.search(r"f(\d+)\.\w+$", name)[1]) for name in names]
-    moments = [times[frame] if frame < len(times) else -1 for frame in frames]
+    moments = [dict(enumerate(times)).get(int(re.search(r"f(\d+)\.\w+$", name)[1]), -1) for name in names]
     letters = re.search(r"\b[B-F]\b|\bA[.):]|([Oo]ption|[Aa]nswer|[Cc]hoice) \(?A\b", thought)
     options = re.findall(r"^([A-F])\. (.*)$", row["text_input"], flags=re.M)
     letter, _, label = answer.partition(". ")
-    wrong = (letter, label) not in options or key not in (None, letter)
     reasons = {
         "the tags are not one closed think and then one closed answer": not parts or tags,
         "the number of placeholders is not that of overlays": text.count("<output_image>") != len(names),
         "the imagery is not all in the reasoning": "<output_image>" in answer,
         "the imagery is not in time order": any(b <= a for a, b in zip([-1, *moments], moments)),
         "the reasoning holds an option letter": letters,
-        "the answer is not the key": options and wrong,
+        "the answer is not the key": options and not {(letter, label), (key or letter, label)} <= {*options},
         "two options are the same": len(dict(options)) > len({option for _, option in options}),
     }
     return next((reason for reason, is_so in reasons.items() if is_so), None)
@@ -780,8 +777,8 @@ def read_notes(folder):
     readers = {"indexes.txt": lambda path: np.loadtxt(path, int, ndmin=2)[:, 1]}
     readers |= {"poses.npy": np.load, "intrinsics.npy": np.load}
     readers |= dict.fromkeys(["instructions.json", "objects.json"], lambda path: json.loads(path.read_text()))
-    needed = list(readers)[:-1] if SOURCE == "spatialvid" else []
-    names = [name for name in readers if name in needed or (folder / name).exists()]
+    optional = ["objects.json"] if SOURCE == "spatialvid" else readers
+    names = [name for name in readers if name not in optional or (folder / name).exists()]
     return {name.split(".")[0]: readers[name](folder / name) for name in names}
 
 
@@ -795,10 +792,18 @@ def read_video(path, indexes=None):
         wanted = np.arange(times[0], times[-1] + 1e-6, 1 / SAMPLE_FPS)
         indexes = np.unique(np.searchsorted(times, wanted - 1e-6).clip(max=len(times) - 1))
     frames = [Image.fromarray(frame) for frame in reader.get_batch(indexes).asnumpy()]
-    SPENT.update(frames=len(frames), decoding=time.time() - begun)
+    SPENT.update(frames=len(frames), seconds=time.time() - begun)
     for frame in frames:
         frame.thumbnail((MAX_SIDE, MAX_SIDE), Image.LANCZOS)
     return np.stack([np.asarray(frame) for frame in frames]), np.round(times[indexes], 3)
+
+
+def windows(frames):
+    """Frames (T, H, W, 3) -> numbers of each clip's frames: MAX_FRAMES of a shot, overlapping by half."""
+    half = MAX_FRAMES // 2
+    cuts = np.flatnonzero(np.abs(np.diff(frames.mean(-1), axis=0)).mean((1, 2)) > MAX_JUMP) + 1
+    shots = [shot for shot in np.split(np.arange(len(frames)), cuts) if len(shot) > 3]
+    return [shot[i : i + MAX_FRAMES] for shot in shots for i in range(0, max(1, len(shot) - half), half)]
 
 
 def file_masks(frames, phrase, files):
@@ -837,7 +842,7 @@ def largest_regions(masks):
 
 
 def motion_masks(frames, phrase, files):
-    """Frames (T, H, W, 3) -> masks (T, H, W) of what moves most; empty if its size is unsteady or at a cut.
+    """Frames (T, H, W, 3) -> masks (T, H, W) of what moves most; empty if its size is not steady.
 
     Difference to the median over time once the global shift is removed, blurred; largest region of a frame.
     Crude: of a thing that moves less than its own width only the edges are found.
@@ -849,8 +854,7 @@ def motion_masks(frames, phrase, files):
     blurred = np.stack([Image.fromarray(frame).filter(ImageFilter.BoxBlur(3)) for frame in change])
     moving = blurred > np.maximum(8, 0.4 * blurred.max((1, 2), keepdims=True))
     masks = largest_regions(np.stack([np.roll(m, tuple(shift), (0, 1)) for m, shift in zip(moving, shifts)]))
-    # another size is another object, a leap of all the brightness is a cut
-    return masks & consistent(masks).all() & (np.abs(np.diff(grey, axis=0)).mean((1, 2)).max() < MAX_JUMP)
+    return masks & consistent(masks).all()
 
 
 # another one: a function of frames (T, H, W, 3), phrase, mask files -> masks (T, H, W)
@@ -916,9 +920,8 @@ def contradicts(label, start, end):
 
     Shifts are counted from where its growth alone would have put it; in a roll only growth counts.
     """
-    x, y, growth = static_cue(start, end)
-    middle, scale = np.array(where(start[None])[:2]) - 0.5, np.exp(growth / 2)
-    moved = np.array([*(np.array([x, y]) - (scale - 1) * middle), growth])
+    moved = np.array(static_cue(start, end))  # x, y, log area ratio
+    moved[:2] -= (np.exp(moved[2] / 2) - 1) * (np.array(where(start[None])[:2]) - 0.5)
     # 0: no displacement is expected, or two that may cancel each other
     expected = np.sum([WORDS["move"][move] for move in label.split(" and ")], 0)
     return bool((moved * expected < -CUE_SLACK)[2 if "Roll" in label else 0 :].any())
@@ -984,17 +987,16 @@ def video_clips(name, number, path):
         counts = {len(times), *(len(notes[kind]) for kind in ("poses", "intrinsics") if kind in notes)}
         if len(counts) > 1 or (set(notes) - {"objects"} and len(times) > MAX_FRAMES):
             return [], {"clips have not one pose a frame, or more than MAX_FRAMES annotated frames": 1}
-        # windows overlap by half; MAX_FRAMES frames or fewer are one window
-        for start in range(0, max(1, len(times) - MAX_FRAMES // 2), MAX_FRAMES // 2):
-            window, rng = slice(start, start + MAX_FRAMES), np.random.default_rng([SEED, number, start])
-            clip = {"name": f"{name}/{start:05d}", "frames": frames[window], "times": times[window].tolist()}
-            dropped += real_clip(clip, notes, folder, start)
+        for part in [np.arange(len(times))] if set(notes) - {"objects"} else windows(frames):
+            clip = {"name": f"{name}/{part[0]:05d}", "frames": frames[part], "times": times[part].tolist()}
+            dropped += real_clip(clip, notes, folder, part[0])
+            rng = np.random.default_rng([SEED, number, part[0]])
             rows, bad = accept(lambda *how: camera_rows(*how) + object_rows(*how), rng, clip)
             made.append((clip, [item | {"row": item["row"] | {"video": str(inside)}} for item in rows]))
             dropped += bad
     except Exception as error:  # decord raises many kinds; each means that these files cannot be used
         return [], {f"clips are unreadable ({type(error).__name__})": 1}
-    return made, dropped
+    return made, dropped if made else {"videos have no shot of four frames": 1}
 
 
 def accept(make, rng, clip):
@@ -1032,7 +1034,7 @@ def save_clips(folder, clips, made):
     for name, image in images.items():
         path = part / name.split("/", 2)[2]
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path, quality=JPEG_QUALITY, subsampling=0)
+        Image.fromarray(image).save(path, quality=95, subsampling=0)
     (part / "rows.json").write_text(json.dumps(made))
     part.rename(folder)
 
@@ -1130,7 +1132,6 @@ if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
         items["pretrain_test"] += [option_row("pretrain_test", n) for n in range(3 * PRETRAIN_TEST_CLIPS)]
     for reason, names in dropped.items():
         print(f"\ndropped: {len(names)} {reason}, such as {', '.join(names[:3])}", end="")
-    rate = SPENT["frames"] / max(SPENT["decoding"], 1e-9)
-    print(f"\ndecoded: {SPENT['frames']} frames, {rate:.0f} a second and worker" * (rate > 0), end="")
+    print(f"\ndecoded: {SPENT['frames'] / (SPENT['seconds'] or 1):.0f} frames/s/worker" * bool(SPENT), end="")
     write_files(out, items, dropped, recorded)
     print(f"\n{out} is ready after {time.time() - begun:.0f} s.")
