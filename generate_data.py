@@ -11,8 +11,8 @@ Out: OUT/{train,test}_{imagery,noimage,verbal}.jsonl  questions on disjoint clip
 
     python generate_data.py                                                   # laptop: the toy world
     python generate_data.py TRAIN_CLIPS=64000 SIZE=84 OUT=out/big             # more, for a GPU run
-    python generate_data.py SOURCE=spatialvid VIDEOS=SpatialVID OUT=out/real  # real clips with mask images
-    python generate_data.py SOURCE=videos SEGMENTER=motion SAMPLE_FPS=4 MAX_FRAMES=8 VIDEOS=clips OUT=out/own
+    python generate_data.py SOURCE=videos VIDEOS=clips OUT=out/own            # any mp4 files, no masks needed
+    python generate_data.py SOURCE=spatialvid SEGMENTER=files MAX_SIDE=640 VIDEOS=SpatialVID OUT=out/real
 
 The stage is numpy on WORKERS processes, without a GPU; under torchrun the first process does it
 all. A killed run continues when started again.
@@ -85,11 +85,12 @@ HIDDEN_AREA = 0.005  # below this share of the frame a thing is called hidden (o
 LINES = (20, 90, 165, 235)  # greys of upright viewfinder lines, left to right: so that x can be seen (ours)
 NOISE = 4.0  # standard deviation of the pixel noise, of 255 (ours)
 # real footage
-SEGMENTER = "files"  # "files" | "motion" (crude, needs no masks): where masks come from
-SAMPLE_FPS = 1.0  # frames a second of videos without indexes.txt (release)
-MAX_FRAMES = 50  # frames of a clip: annotated ones with more are skipped (release), others cut
+SEGMENTER = "motion"  # "motion" (crude, needs no masks) | "files": where masks come from (ours)
+SAMPLE_FPS = 4.0  # frames a second of videos without indexes.txt (ours; paper: 1)
+WINDOW = 8  # frames of one clip of such a video; longer shots give several that overlap by half (ours)
+MAX_FRAMES = 50  # annotated clips with more frames are skipped (release)
 MAX_JUMP = 45.0  # mean change of brightness between neighbouring frames, of 255, that is a cut (ours)
-MAX_SIDE = 640  # longer side of the stored frames, pixels (ours)
+MAX_SIDE = 160  # longer side of the stored frames, pixels (ours)
 MIN_MASK = 0.001  # Eq. 2: least area of a mask, share of the frame (release)
 MAX_GROWTH = 4.0  # Eq. 2: largest ratio between a mask's area and the median of its clip (ours)
 CUE_SLACK = 0.05  # Eq. 3: displacement against a camera label, in frames, that contradicts it (ours)
@@ -719,22 +720,21 @@ def option_question(rng):
     return draw_options(rng, kind, str(rng.choice(VOCABULARY[kind])))
 
 
-def drill(rng, is_near):
+def drill(rng, near):
     """Labels of option lists with their letters, many to a row: dense practice in binding -> two texts.
 
     Near: each of three lists is copied before its labels are asked, "blueB" and "blue", newline, "B" in turn.
     Far: of the one list of the question, by all kinds of labels, up to "blue.</think>", newline, "<answer>B".
     """
     question, answer, labels = ["Write labels and find their letters."], [], [*COLOURS, *MOVES, *DIRECTIONS]
-    gaps = ("", "\n") if is_near else ("", "\n", ".\n", ".</think>\n<answer>")
-    for _ in range(3 if is_near else 1):
-        plain = is_near or rng.random() < 0.5
-        options = rng.permutation(labels)[:4].tolist() if plain else option_question(rng)
+    gaps = ("", "\n") if near else ("", "\n", ".\n", ".</think>\n<answer>")
+    for _ in range(3 if near else 1):
+        options = rng.permutation(labels)[:4].tolist() if near or rng.random() < 0.5 else option_question(rng)
         listed, lettered, _ = spell(rng, "", options)
-        asked = zip(rng.choice(list(lettered), 6 if is_near else 8), gaps * 4)
+        asked = zip(rng.choice(list(lettered), 6 if near else 8), gaps * 4)
         pairs = "\n".join(f"{lettered[letter]}{gap}{letter}" for letter, gap in asked)
         question.append(listed.strip())
-        answer.append(f"{listed.strip()}\n{pairs}" if is_near else pairs)
+        answer.append(f"{listed.strip()}\n{pairs}" if near else pairs)
     return "\n\n".join(question), "\n\n".join(answer)
 
 
@@ -799,11 +799,11 @@ def read_video(path, indexes=None):
 
 
 def windows(frames):
-    """Frames (T, H, W, 3) -> numbers of each clip's frames: MAX_FRAMES of a shot, overlapping by half."""
-    half = MAX_FRAMES // 2
+    """Frames (T, H, W, 3) -> numbers of each clip's frames: WINDOW of a shot, overlapping by half."""
+    half = WINDOW // 2
     cuts = np.flatnonzero(np.abs(np.diff(frames.mean(-1), axis=0)).mean((1, 2)) > MAX_JUMP) + 1
     shots = [shot for shot in np.split(np.arange(len(frames)), cuts) if len(shot) > 3]
-    return [shot[i : i + MAX_FRAMES] for shot in shots for i in range(0, max(1, len(shot) - half), half)]
+    return [shot[i : i + WINDOW] for shot in shots for i in range(0, max(1, len(shot) - half), half)]
 
 
 def file_masks(frames, phrase, files):

@@ -404,7 +404,7 @@ def test_a_far_drill_names_the_letters_of_its_options():
     """Eight labels of the question's list with their letters, at growing distances."""
     seen = set()
     for number in range(60):
-        question, answer = gd.drill(np.random.default_rng(number), is_near=False)
+        question, answer = gd.drill(np.random.default_rng(number), near=False)
         options = question.split("\n\n")[1].split("\n")
         assert len(options) == len(set(options)) == 4
         seen |= set(check_pairs(answer, options, ("", "\n", ".\n", ".</think>\n<answer>") * 2))
@@ -415,7 +415,7 @@ def test_a_near_drill_copies_each_list_before_its_labels():
     """Three lists of four as in the question, after each six labels with their letters."""
     seen = set()
     for number in range(20):
-        question, answer = gd.drill(np.random.default_rng(number), is_near=True)
+        question, answer = gd.drill(np.random.default_rng(number), near=True)
         lists, parts = question.split("\n\n")[1:], answer.split("\n\n")
         assert len(lists) == len(parts) == 3
         for listed, part in zip(lists, parts):

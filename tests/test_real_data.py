@@ -90,6 +90,12 @@ def write_clip(root, name, clip, notes):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def mask_files(monkeypatch):
+    """Masks come from files, unless a test says motion."""
+    monkeypatch.setattr(gd, "SEGMENTER", "files")
+
+
 @pytest.fixture(scope="module")
 def clips():
     """Toy clips, the truth of this file."""
@@ -107,7 +113,15 @@ def world(tmp_path_factory, clips):
 
 def generate(monkeypatch, world, out, *words):
     """Runs the stage over a SpatialVID folder -> the rows of both splits, by split."""
-    run_script(monkeypatch, "generate_data.py", "SOURCE=spatialvid", f"VIDEOS={world}", f"OUT={out}", *words)
+    run_script(
+        monkeypatch,
+        "generate_data.py",
+        "SOURCE=spatialvid",
+        "SEGMENTER=files",
+        f"VIDEOS={world}",
+        f"OUT={out}",
+        *words,
+    )
     return {split: rows_of(out / f"{split}_imagery.jsonl") for split in ("train", "test")}
 
 
@@ -375,7 +389,7 @@ def test_a_folder_of_videos_has_object_questions_alone(clips, monkeypatch, tmp_p
         write_video(tmp_path / f"in/clip {'abcd'[number]}.mp4", np.repeat(clip["frames"], 5, 0), 10)
         shutil.copytree(folder / "masks_dynamic", tmp_path / f"in/clip {'abcd'[number]}/masks_dynamic")
     words = (f"VIDEOS={tmp_path / 'in'}", f"OUT={tmp_path / 'out'}", "SAMPLE_FPS=2", "WORKERS=1")
-    run_script(monkeypatch, "generate_data.py", "SOURCE=videos", *words)
+    run_script(monkeypatch, "generate_data.py", "SOURCE=videos", "SEGMENTER=files", *words)
     rows = rows_of(tmp_path / "out/train_imagery.jsonl")
     assert {row["subtask"] for row in rows} <= {"object_box", "object_distance"} and rows
     assert all(np.allclose(row["times"], np.arange(8) / 2, atol=0.01) for row in rows)
@@ -383,7 +397,7 @@ def test_a_folder_of_videos_has_object_questions_alone(clips, monkeypatch, tmp_p
 
 
 def test_long_videos_become_windows(clips, monkeypatch, tmp_path):
-    """Windows of MAX_FRAMES frames overlap by half; mask images count the frames of the whole video."""
+    """Windows of WINDOW frames overlap by half; mask images count the frames of the whole video."""
     for number, clip in enumerate([clip for clip in clips if clip["moving"] and not clip["camera"]][:2]):
         folder = write_clip(tmp_path / "made", f"{number}", clip, notes_of(clip))
         write_video(tmp_path / f"in/{'ab'[number]}.mp4", np.repeat(clip["frames"], 5, 0), 10)
@@ -392,10 +406,10 @@ def test_long_videos_become_windows(clips, monkeypatch, tmp_path):
         f"VIDEOS={tmp_path / 'in'}",
         f"OUT={tmp_path / 'out'}",
         "SAMPLE_FPS=2",
-        "MAX_FRAMES=4",
+        "WINDOW=4",
         "WORKERS=1",
     )
-    run_script(monkeypatch, "generate_data.py", "SOURCE=videos", *words)
+    run_script(monkeypatch, "generate_data.py", "SOURCE=videos", "SEGMENTER=files", *words)
     rows = rows_of(tmp_path / "out/train_imagery.jsonl") + rows_of(tmp_path / "out/test_imagery.jsonl")
     firsts = {row["clip"].rpartition("/")[2]: row["times"][0] for row in rows}
     assert firsts == {"00000": 0.0, "00002": 1.0, "00004": 2.0} and all(
@@ -415,7 +429,13 @@ def test_ctrl_c_loses_nothing(world, monkeypatch, tmp_path):
     """A run stopped in the middle says so in a sentence, and ends in the same bytes as one that was not."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     generate(monkeypatch, world, whole, "WORKERS=2")
-    command = [sys.executable, str(ROOT / "generate_data.py"), "SOURCE=spatialvid", f"VIDEOS={world}"]
+    command = [
+        sys.executable,
+        str(ROOT / "generate_data.py"),
+        "SOURCE=spatialvid",
+        "SEGMENTER=files",
+        f"VIDEOS={world}",
+    ]
     run = subprocess.Popen([*command, f"OUT={cut}", "WORKERS=1"], env=one_thread(), stderr=subprocess.PIPE)
     while run.poll() is None and not list(cut.glob("processed_data/*/rows.json")):
         time.sleep(0.02)
@@ -476,7 +496,7 @@ def test_windows_stay_inside_a_shot():
     frames = np.zeros((19, 4, 4, 3), np.uint8)
     frames[3:13] = 200
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gd, "MAX_FRAMES", 8)
+        patch.setattr(gd, "WINDOW", 8)
         assert [part.tolist() for part in gd.windows(frames)] == [
             list(range(3, 11)),
             list(range(7, 13)),
@@ -493,8 +513,8 @@ def test_motion_finds_objects_in_plain_videos(monkeypatch, tmp_path, capsys):
     write_video(videos / "deep" / "fällt.mp4", moving_square(0, 4, 1))
     (videos / "empty.mp4").write_bytes(b"")
     (videos / "noise.mp4").write_bytes(bytes(range(256)) * 20)
-    words = ["SOURCE=videos", "SEGMENTER=motion", f"VIDEOS={videos}", f"OUT={tmp_path / 'real'}", "SEED=3"]
-    words += ["SAMPLE_FPS=5.0", "MAX_FRAMES=8", "MAX_SIDE=96", "WORKERS=1", "HELD_OUT=0.3"]
+    words = ["SOURCE=videos", f"VIDEOS={videos}", f"OUT={tmp_path / 'real'}", "SEED=3"]
+    words += ["SAMPLE_FPS=5.0", "MAX_SIDE=96", "WORKERS=1", "HELD_OUT=0.3"]
     run_script(monkeypatch, "generate_data.py", *words)
     told = capsys.readouterr().out
     assert "2 clips are unreadable" in told and "empty.mp4" in told and "noise.mp4" in told
