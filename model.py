@@ -237,9 +237,8 @@ def frame_sizes(size, config):
 def resize(image, config):
     """A PIL image at the size the model sees: Lanczos where too large (release), then bicubic (library)."""
     small, final = frame_sizes(image.size, config)
-    if image.size != small:
-        image = image.resize(small, Image.Resampling.LANCZOS)
-    return image if image.size == final else image.resize(final, Image.Resampling.BICUBIC)
+    image = image.resize(small, Image.Resampling.LANCZOS)  # at its own size an image is copied as it is
+    return image.resize(final, Image.Resampling.BICUBIC)
 
 
 def patchify(frames, patch, merge, pair):
@@ -250,8 +249,9 @@ def patchify(frames, patch, merge, pair):
     """
     frames = frames.astype(np.float32) * (1 / 255)
     frames = (frames - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-    missing = -len(frames) % pair
-    frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])  # (t·pair, H, W, 3)
+    frames = np.concatenate(
+        [frames, np.repeat(frames[-1:], -len(frames) % pair, axis=0)]
+    )  # (t·pair, H, W, 3)
     t, h, w = len(frames) // pair, frames.shape[1] // patch, frames.shape[2] // patch
     x = frames.reshape(t, pair, h // merge, merge, patch, w // merge, merge, patch, 3)
     x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/m, w/m, m, m, 3, pair, patch, patch)
@@ -260,8 +260,7 @@ def patchify(frames, patch, merge, pair):
 
 def load_images(paths, config, where=""):
     """Files of one video or overlay -> patches (P, 3·pair·patch²), grid (t, h, w); exits on a bad file."""
-    vision = config.vision_config
-    frames = []
+    vision, frames = config.vision_config, []
     for path in paths:
         try:
             with Image.open(path) as image:
@@ -269,9 +268,8 @@ def load_images(paths, config, where=""):
         except OSError:
             sys.exit(f"{where}: {path} is not a readable image; make it again or drop the row.")
         image = resize(image, config)
-        if frames and image.size != frames[0].size:  # a video has one size: its first frame's
-            image = image.resize(frames[0].size, Image.Resampling.BICUBIC)
-        frames.append(image)
+        size = frames[0].size if frames else image.size  # a video has one size: its first frame's
+        frames.append(image.resize(size, Image.Resampling.BICUBIC))
     frames = np.stack([np.asarray(image) for image in frames])
     return patchify(frames, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
 
@@ -281,10 +279,8 @@ def load_images(paths, config, where=""):
 
 def pair_seconds(times, pair=2, seconds_per_pair=None):
     """Seconds of each frame pair since the start: [0, 1, 2, 3.5] -> [0, 2]; or a given step instead."""
-    starts = times[::pair]
-    if seconds_per_pair is not None:
-        return [index * seconds_per_pair for index in range(len(starts))]
-    return [start - starts[0] for start in starts]
+    step, starts = seconds_per_pair, times[::pair]
+    return [start - starts[0] if step is None else index * step for index, start in enumerate(starts)]
 
 
 def rope_positions(segments, tokens_per_second):
@@ -422,9 +418,7 @@ class Images:
     def add(self, batch, device="cpu"):
         """Adds `pixels`, `grids` and which image goes where; or, cached, `features` and `latents` (n, D)."""
         items = list(dict.fromkeys([*batch["videos"], *((path,) for path in batch["overlays"])]))
-        if not items:
-            return to_device(batch, device)
-        if not self.cache:
+        if items and not self.cache:
             batch |= self.load(items, batch["where"])
             batch["video_items"] = [items.index(video) for video in batch["videos"]]
             batch["overlay_items"] = [items.index((path,)) for path in batch["overlays"]]
@@ -462,21 +456,48 @@ def to_device(batch, device):
 # ---------------------------------------------------------------- the model
 
 
+def embed_patches(self, pixels):
+    """The visual encoder's first layer (P, d) -> (P, width) as the product that its convolution is."""
+    return F.linear(pixels, self.proj.weight.flatten(1))
+
+
 def windowed_attention(self, hidden_states, cu_seqlens, position_embeddings=None, **kwargs):
     """The visual encoder's attention, all windows of one length in one call -> (P, width).
 
     In place of the library's loop of one call per window, where a toy run spent half its time; same numbers.
     """
-    count = hidden_states.shape[0]
-    q, k, v = self.qkv(hidden_states).reshape(count, 3, self.num_heads, -1).unbind(1)  # (P, heads, d) each
+    q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # (P, heads, d) each
     q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
-    lengths, starts, parts, order = cu_seqlens.diff(), cu_seqlens[:-1], [], []
+    lengths, starts, out = cu_seqlens.diff(), cu_seqlens[:-1], torch.empty_like(v)
     for length in lengths.unique().tolist():
         index = (starts[lengths == length, None] + torch.arange(length, device=starts.device)).flatten()
         window = [x.index_select(0, index).view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
-        parts.append(F.scaled_dot_product_attention(*window).transpose(1, 2).reshape(len(index), -1))
-        order.append(index)
-    return self.proj(torch.cat(parts).index_select(0, torch.cat(order).argsort()))  # (P, width)
+        out[index] = F.scaled_dot_product_attention(*window).transpose(1, 2).flatten(0, 1)
+    return self.proj(out.flatten(1))  # (P, width)
+
+
+class TargetLogps(torch.autograd.Function):
+    """log softmax(logits / temperature) at one id a row, banned ids left out: (n, V), (n,) -> (n,).
+
+    The logits' own memory becomes exp(logits - largest) and in the backward pass their gradient, for a row
+    g (onehot - softmax): no second tensor of this size. What made the logits must not need them again.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, ids, banned, temperature):
+        x = logits if banned is None else logits.index_fill_(-1, banned, -torch.inf)
+        x.div_(temperature).sub_(x.amax(dim=-1, keepdim=True))
+        target = x.gather(-1, ids[:, None])  # (n, 1)
+        total = x.exp_().sum(dim=-1, keepdim=True)
+        ctx.temperature = temperature
+        ctx.save_for_backward(x, ids[:, None], total)
+        return (target - total.log())[:, 0]
+
+    @staticmethod
+    def backward(ctx, g):
+        x, ids, total = ctx.saved_tensors
+        g = g[:, None] / ctx.temperature
+        return x.mul_(-g / total).scatter_add_(-1, ids, g), None, None, None
 
 
 def token_logps(hidden, head, targets, banned=None, temperature=1.0, chunk=512):
@@ -487,19 +508,11 @@ def token_logps(hidden, head, targets, banned=None, temperature=1.0, chunk=512):
     """
 
     def one(rows, ids):
-        logits = mask_logits(head(rows).float(), banned)  # (n, V)
-        logits = logits if temperature == 1 else logits / temperature  # no copy of this size for nothing
-        return -F.cross_entropy(logits, ids, reduction="none")
+        return TargetLogps.apply(head(rows).float(), ids, banned, temperature)
 
-    if len(targets) <= chunk:
-        return one(hidden, targets)
     parts = zip(hidden.split(chunk), targets.split(chunk))
-    return torch.cat([checkpoint(one, rows, ids, use_reentrant=False) for rows, ids in parts])
-
-
-def mask_logits(logits, banned):
-    """Logits (n, V) with the ids that may not be sampled outside a latent block at minus infinity."""
-    return logits if banned is None else logits.index_fill(-1, banned, -torch.inf)
+    again = functools.partial(checkpoint, one, use_reentrant=False) if len(targets) > chunk else one
+    return torch.cat([again(rows, ids) for rows, ids in parts])  # (n,)
 
 
 class Thinker(nn.Module):
@@ -515,6 +528,7 @@ class Thinker(nn.Module):
         self.register_buffer("banned", torch.tensor(never), persistent=False)
         for block in net.model.visual.blocks:
             block.attn.forward = windowed_attention.__get__(block.attn)
+        net.model.visual.patch_embed.forward = embed_patches.__get__(net.model.visual.patch_embed)
 
     def tokenize(self, text):
         """Text, special tokens included, -> list of ids."""
@@ -523,8 +537,7 @@ class Thinker(nn.Module):
     def encode(self, pixels, grids):
         """Patches (P, d) and grids [(t, h, w)] of several images -> list of (N, D), each in raster order."""
         merge = self.net.config.vision_config.spatial_merge_size
-        grid = torch.tensor(grids, device=pixels.device)
-        features = self.net.model.visual(pixels, grid_thw=grid).pooler_output  # (sum of N, D)
+        features = self.net.model.visual(pixels, torch.tensor(grids, device=pixels.device)).pooler_output
         return list(features.split([t * h * w // merge**2 for t, h, w in grids]))
 
     def pool(self, features, grid):
@@ -537,9 +550,7 @@ class Thinker(nn.Module):
         """Features of the videos (n, D), latents of the overlays (n, D); vision once per distinct image."""
         if "pixels" not in batch:
             return batch.get("features"), batch.get("latents")
-        trainable = next(self.net.model.visual.parameters()).requires_grad
-        with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
-            encoded = self.encode(batch["pixels"], batch["grids"])
+        encoded = self.encode(batch["pixels"], batch["grids"])  # without a graph where vision is frozen
         videos = [encoded[item] for item in batch["video_items"]]
         latents = [self.pool(encoded[item], batch["grids"][item]) for item in batch["overlay_items"]]
         return torch.cat(videos) if videos else None, torch.cat(latents) if latents else None
@@ -551,7 +562,8 @@ class Thinker(nn.Module):
 
     def embed(self, ids, is_visual, features, is_latent=None, latents=None):
         """Token embeddings (B, T, D) with visual features and latents (n, D), in row order, put in place."""
-        x = self.net.model.language_model.embed_tokens(ids)  # (B, T, D)
+        words, tied = self.net.get_input_embeddings().weight, self.net.config.tie_word_embeddings
+        x = F.embedding(ids, words, sparse=tied)  # (B, T, D); sparse: a gradient of these rows, not of all
         if features is not None:
             x = x.masked_scatter(is_visual[..., None], features.to(x.dtype))
         if latents is not None:
@@ -653,16 +665,14 @@ def generate(
     batch = images.add(collate(samples, ids["pad"], "left"), device)
     past, hidden, is_real, position = model.prefill(batch, max(1, len(generators or ()) // len(samples)))
     hidden, B = hidden[:, 0], len(hidden)  # (B, D)
-    uniform = torch.zeros(B, max_new, dtype=torch.float64)
-    if temperature > 0:
-        uniform = torch.stack([torch.rand(max_new, generator=g, dtype=torch.float64) for g in generators])
-    uniform = uniform.to(device)
+    dice = [torch.rand(max_new, generator=g, dtype=torch.float64) for g in generators or ()]
+    uniform = torch.stack(dice).to(device) if temperature > 0 else torch.zeros(B, max_new, device=device)
     left = torch.full((B,), -1, device=device)  # latents to feed; 0: the end is due, -1: outside a block
     block = torch.full((B,), -1, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     tokens, fed = [], []
     for step in range(max_new):
-        logits = mask_logits(model.net.lm_head(hidden).float(), model.banned)  # (B, V)
+        logits = model.net.lm_head(hidden).float().index_fill(-1, model.banned, -torch.inf)  # (B, V)
         token = pick(logits, uniform[:, step], temperature, top_p)
         inside, ending = left > 0, left == 0
         token = token.masked_fill(inside, ids["latent_pad"]).masked_fill(ending, ids["latent_end"])
@@ -786,8 +796,7 @@ def save_checkpoint(out, step, model, run, optimizer=None, keep=2):
 def optimizer_tensors(model, optimizer):
     """AdamW's moments and step counts by parameter name: {"<name>.exp_avg": tensor, ...}."""
     states = {name: optimizer.state.get(x, {}) for name, x in model.net.named_parameters()}
-    parts = ((f"{name}.{key}", x) for name, state in states.items() for key, x in state.items())
-    return {name: x.cpu().contiguous() for name, x in parts}
+    return {f"{name}.{key}": x.cpu().contiguous() for name, kept in states.items() for key, x in kept.items()}
 
 
 def load_optimizer(folder, model, optimizer):
