@@ -34,6 +34,7 @@ TIME_GOAL, MEMORY_GOAL = 0.25, 0.4  # of the common way
 IDS = {"endoftext": 151643, "im_end": 151645, "image_pad": 151655, "video_pad": 151656}  # Qwen2.5-VL's
 IDS |= {"latent_pad": 151665, "latent_start": 151666, "latent_end": 151667}
 BEFORE, AFTER = 20, 313  # words of the prompt around the video
+TIED = True  # the head is the table of words
 PAIRS, HEIGHT, WIDTH = 4, 8, 9  # merged tokens of the video; an overlay is as large as one pair
 SPOKEN = (60, 50, 37)  # words before, between and after the two latent blocks, less their 4 delimiters
 TEXT = {
@@ -67,7 +68,7 @@ class Words:
 def build():
     """The random network, the same in both processes; vision is frozen."""
     torch.manual_seed(0)
-    config = Qwen2_5_VLConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=True)
+    config = Qwen2_5_VLConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=TIED)
     config.latent_size, config.latent_pooling = K, "strips"
     net = QwenVL._from_config(config, attn_implementation="sdpa").train()
     net.model.visual.requires_grad_(False)

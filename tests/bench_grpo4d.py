@@ -63,7 +63,7 @@ JSON = False  # prints the figures of one side as a line of JSON: how the two pr
 
 phases_of_a_step = ("rollout", "reference", "policy")
 video_grid = (bench_dift.PAIRS, 2 * bench_dift.HEIGHT, 2 * bench_dift.WIDTH)  # patches of the video
-some_rewards = torch.tensor([0.0, 1.2, 1.0, 0.2, 0.0, 0.2, 1.2, 1.0])  # rewards, repeated for other G
+some_rewards = [0.0, 1.2, 1.0, 0.2, 0.0, 0.2, 1.2, 1.0]  # rewards, repeated for other G
 
 
 class Words(bench_dift.Words):
@@ -75,13 +75,13 @@ class Words(bench_dift.Words):
 
 
 class Pixels(Images):
-    """Images whose one video is random patches instead of files."""
+    """Images whose videos are random patches instead of files."""
 
     pixels = None  # (P, d)
 
     def load(self, items, where):
-        """The video's patches and grid, whatever its name."""
-        return {"pixels": self.pixels, "grids": [video_grid]}
+        """The video's patches and grid, whatever its name; once for each name."""
+        return {"pixels": self.pixels.repeat(len(items), 1), "grids": [video_grid] * len(items)}
 
 
 def nets():
@@ -125,6 +125,8 @@ def draw():
 def our_phases(policy, frozen, prompt, pixels, answers):
     """grpo4d.py's: three functions, of which the later take what the first made."""
     core, reference = Thinker(policy, Words()), Thinker(frozen, Words()).eval()
+    for thinker in (core, reference):
+        thinker.to(torch.get_default_device())
     core.net.model.visual = reference.net.model.visual  # one frozen copy, as in grpo4d.py
     if CHECKPOINTING:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -137,12 +139,12 @@ def our_phases(policy, frozen, prompt, pixels, answers):
         return next(script)
 
     model_file.pick = say
-    advantage = advantages(some_rewards.repeat(G)[None, :G])[0]  # (G,)
+    advantage = advantages(torch.tensor([(some_rewards * G)[:G]]))[0]  # (G,)
 
     def rollout():
         images.kept.clear()  # a step meets a new video
         core.eval()
-        generators = [torch.Generator().manual_seed(number) for number in range(G)]
+        generators = [torch.Generator(torch.get_default_device()).manual_seed(number) for number in range(G)]
         made = generate(core, [prompt], NEW, images, 1.0, generators=generators)
         assert torch.equal(torch.tensor([one["ids"] for one in made]), answers)
         return pack(core, images, [prompt], [made], PREFIX, True)
@@ -174,7 +176,7 @@ def naive_phases(policy, frozen, prompt, pixels, answers):
     is_text = (torch.arange(ids.shape[1]) >= asked) & ~is_latent & (ids != special["latent_end"])
     after = (last + 1 + torch.arange(NEW)).expand(3, G, -1)
     positions = torch.cat([rows["positions"], after], dim=2)  # (3, G, T)
-    score = some_rewards.repeat(G)[:G]
+    score = torch.tensor((some_rewards * G)[:G])
     A = (score - score.mean()) / (score.std() + 1e-4)  # (G,)
 
     def embed(net, ids):
