@@ -249,9 +249,8 @@ def patchify(frames, patch, merge, pair):
     """
     frames = frames.astype(np.float32) * (1 / 255)
     frames = (frames - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-    frames = np.concatenate(
-        [frames, np.repeat(frames[-1:], -len(frames) % pair, axis=0)]
-    )  # (t·pair, H, W, 3)
+    missing = np.repeat(frames[-1:], -len(frames) % pair, axis=0)
+    frames = np.concatenate([frames, missing])  # (t·pair, H, W, 3)
     t, h, w = len(frames) // pair, frames.shape[1] // patch, frames.shape[2] // patch
     x = frames.reshape(t, pair, h // merge, merge, patch, w // merge, merge, patch, 3)
     x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/m, w/m, m, m, 3, pair, patch, patch)
