@@ -16,6 +16,7 @@ Differs from the paper:
 """
 
 import ast
+import atexit
 import difflib
 import functools
 import json
@@ -25,6 +26,7 @@ import random
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +97,8 @@ def parse_constant(key, text, default):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    if isinstance(default, float) and type(value) is int:
-        value = float(value)
-    if isinstance(default, tuple) and isinstance(value, list):
-        value = tuple(value)
+    if (type(default), type(value)) in ((float, int), (tuple, list)):
+        value = type(default)(value)
     fine = default is None or type(value) is type(default)
     check(fine, f"{key}={text} is not of type {type(default).__name__}, like the default {default!r}.")
     return value
@@ -116,6 +116,8 @@ def init_distributed():
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # gloo's threads let go of tensors a moment after a collective; once Python is ending, that aborts it
+        atexit.register(time.sleep, 0.5)
     return rank, world, device
 
 
