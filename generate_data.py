@@ -5,7 +5,6 @@ In:  nothing (SOURCE="toy"), or VIDEOS: a folder in SpatialVID's layout (SOURCE=
      assets/vocabulary.json and assets/phrases.json
 Out: OUT/{train,test}_{imagery,noimage,verbal}.jsonl  questions on disjoint clips, one chain of thought a file
      OUT/rl_{train,test}.jsonl    compound questions for 4DRL (toy only)
-     OUT/pretrain{,_test}.jsonl   grounding and option rows for the tiny base (PRETRAIN_CLIPS > 0)
      OUT/processed_data/<clip>/   frames/, masked_static_overlays/, masked_dynamic_overlays/ and rows.json
      OUT/meta.json                constants, counts and what was dropped, last: without it it is unfinished
 
@@ -57,11 +56,6 @@ TRAIN_CLIPS = 7000  # clips of train_*.jsonl (ours)
 TEST_CLIPS = 500  # clips of test_*.jsonl, never seen in training (ours)
 RL_TRAIN_CLIPS = 1500  # clips of rl_train.jsonl (ours)
 RL_TEST_CLIPS = 250  # clips of rl_test.jsonl (ours)
-PRETRAIN_CLIPS = 0  # clips of pretrain.jsonl; 0: no pretraining files (ours)
-PRETRAIN_TEST_CLIPS = 200  # clips of pretrain_test.jsonl, with three text-only rows each (ours)
-OPTION_ROWS = 36000  # text-only rows: near drills, far drills, "pick the option" by turns (ours)
-THINGS = (3, 5)  # fewest and most things of one "track" row (ours)
-P_TRACK = (1.0, 1.0, 1.0, 0.4)  # chances of a clip's pretraining rows: words, words, pixels, colour (ours)
 P_OBJECT_CLIP = 0.5  # share of clips asked about objects; the others are asked about the camera (ours)
 P_CAMERA = (0.45, 0.35, 0.20)  # camera clips: one movement, two at once, two segments (ours)
 P_OBJECT_CAMERA_MOVES = 0.2  # object clips whose camera moves too (ours)
@@ -103,7 +97,7 @@ OVERLAY_COLOUR = (255, 0, 0)  # Eq. 1, RGB (release)
 SEED = 0  # every clip's generator is a function of (SEED, split, number)
 WORKERS = os.cpu_count()  # processes; the files do not depend on it
 
-ASSETS = Path(__file__).with_name("assets")
+ASSETS = Path(__file__).resolve().with_name("assets")
 PHRASES, WORDS = (json.loads((ASSETS / f"{name}.json").read_text()) for name in ("phrases", "vocabulary"))
 DIRECTIONS, DISTANCES, COLOURS, SHAPES = (WORDS[n] for n in ("direction", "distance", "colour", "shape"))
 MOVES, X_WORDS, Y_WORDS = list(WORDS["move"]), WORDS["x"], WORDS["y"]
@@ -112,6 +106,7 @@ OPPOSITES = {name: names[n ^ 1] for names in (MOVES, list(DIRECTIONS)[:-1]) for 
 # ours: no pairs of pan and truck or of tilt and pedestal, which may cancel each other
 PAIRS = [f"{MOVES[i]} and {MOVES[j]}" for i in range(12) for j in range(12) if i // 2 < j // 2 != i // 2 + 4]
 VOCABULARY = {name: list(words) for name, words in WORDS.items()} | {"single": MOVES, "pair": PAIRS}
+# a split's place seeds its clips; the last two are those of assets/make_tiny.py
 SPLITS = ["train", "test", "rl_train", "rl_test", "pretrain", "pretrain_test"]
 FORMS = ["imagery", "noimage", "verbal"]
 FOLDERS = {"videos": ("", ""), "spatialvid": ("videos", "annotations")}  # in VIDEOS: of clips, of notes
@@ -667,91 +662,6 @@ def validate(row, key=None):
     return next((reason for reason, is_so in reasons.items() if is_so), None)
 
 
-# ---------------------------------------------------------------- pretraining rows of the tiny base
-
-
-def track(clip, name, in_pixels):
-    """A thing, the sun or the horizon -> an entry per frame pair: "left upper small" or "x 20 y 36"."""
-    entries, side = [], clip["frames"].shape[1]
-    for start in range(0, len(clip["times"]), 2):
-        pair = slice(start, start + 2)
-        if name == "horizon":
-            right, up, forward = clip["rot"][pair, 1].mean(0)  # the vertical part of the camera's axes
-            y, slope = 0.5 + forward / up / view_width(HFOV), np.degrees(np.arctan2(right, up))
-            lower_end = "sloping-left" if slope < -6 else "sloping-right" if slope > 6 else "level"
-            height = f"y {4 * round(y * side / 4)}" if in_pixels else fifth(Y_WORDS, y)
-            entries.append(f"{height} {lower_end}" if 0 <= y <= 1 else "hidden")
-        else:
-            spot = where(clip["masks"][name][pair])
-            x, y = (4 * round(share * side / 4) for share in (spot or (0, 0))[:2])
-            entries.append(f"x {x} y {y}" if in_pixels and spot else spell_spot(spot))
-    return ", ".join(entries)
-
-
-def pretrain_rows(rng, clip):
-    """A clip -> "track" rows in words and pixels, a colour row, by the chances P_TRACK; no word of motion."""
-    rows, names = [], [*clip["static"], *clip["moving"]]
-    for number, subtask in enumerate(["grounding", "grounding", "fine", "colour"]):
-        most = rng.integers(THINGS[0], THINGS[1] + 1)
-        chosen = rng.permutation([*names, "sun", "horizon"])[:most].tolist()
-        end = " in pixels." if subtask == "fine" else "."
-        question = f"Track the {', the '.join(chosen[:-1])} and the {chosen[-1]}{end}"
-        thought, answer = "", "\n".join(f"{name}: {track(clip, name, subtask == 'fine')}" for name in chosen)
-        if subtask == "colour":
-            colour, shape = names[rng.integers(len(names))].split()
-            options = draw_options(rng, "colour", colour)
-            question, _, key = spell(rng, f"Which colour is the {shape}?", options)
-            thought, answer = f"The {shape} is {colour}.", f"{key}. {colour}"
-        row = base_row(clip, f"{subtask}{number}", question, thought, answer, subtask)
-        rows += [{"row": row, "label": subtask}] if rng.random() < P_TRACK[number] else []
-    return rows
-
-
-def option_question(rng):
-    """Options of one text-only question, drawn as the questions about clips draw theirs, truth first."""
-    kind = str(rng.choice(list(WORDS["option_shares"]), p=list(WORDS["option_shares"].values())))
-    if kind in ("both", "sequence"):
-        one, two = (MOVES[2 * axis + rng.integers(2)] for axis in rng.permutation(6)[:2])
-        second = two if kind == "sequence" else list(DIRECTIONS)[rng.integers(10)]
-        return compound_options(rng, kind, one, second, list(SHAPES)[rng.integers(4)])
-    if kind == "box":
-        x, y, w, h = rng.integers([0, 0, SIZE // 7, SIZE // 7], [SIZE // 2, SIZE // 2, SIZE // 3, SIZE // 3])
-        return box_options(rng, [x, y, x + w, y + h], SIZE, SIZE)
-    return draw_options(rng, kind, str(rng.choice(VOCABULARY[kind])))
-
-
-def drill(rng, near):
-    """Labels of option lists with their letters, many to a row: dense practice in binding -> two texts.
-
-    Near: each of three lists is copied before its labels are asked, "blueB" and "blue", newline, "B" in turn.
-    Far: of the one list of the question, by all kinds of labels, up to "blue.</think>", newline, "<answer>B".
-    """
-    question, answer, labels = ["Write labels and find their letters."], [], [*COLOURS, *MOVES, *DIRECTIONS]
-    gaps = ("", "\n") if near else ("", "\n", ".\n", ".</think>\n<answer>")
-    for _ in range(3 if near else 1):
-        options = rng.permutation(labels)[:4].tolist() if near or rng.random() < 0.5 else option_question(rng)
-        listed, lettered, _ = spell(rng, "", options)
-        asked = zip(rng.choice(list(lettered), 6 if near else 8), gaps * 4)
-        pairs = "\n".join(f"{lettered[letter]}{gap}{letter}" for letter, gap in asked)
-        question.append(listed.strip())
-        answer.append(f"{listed.strip()}\n{pairs}" if near else pairs)
-    return "\n\n".join(question), "\n\n".join(answer)
-
-
-def option_row(split, number):
-    """A text-only row, by turns: a near drill, a far drill, a question that names the option to pick."""
-    rng = np.random.default_rng([SEED, SPLITS.index(split), number, 1])
-    subtask = ("near", "far", "options")[number % 3]
-    if subtask == "options":
-        label, *others = option_question(rng)
-        question, _, key = spell(rng, f'Pick the option that says "{label}".', [label, *others])
-        thought, answer = pick(rng, PHRASES["options"]["end"], label=label), f"{key}. {label}"
-    else:
-        thought, (question, answer) = "", drill(rng, subtask == "near")
-    row = base_row({"name": f"{split}_text"}, f"{number:06d}", question, thought, answer, subtask)
-    return {"row": row, "label": subtask}
-
-
 # ---------------------------------------------------------------- real footage: files and masks
 
 
@@ -961,8 +871,11 @@ def real_clip(clip, notes, folder, start):
 # ---------------------------------------------------------------- clips on disk
 
 
-def toy_clip(split, number):
-    """The toy clip of a split and number, by SEED alone -> [(clip, rows)], why other rows are dropped."""
+def toy_clip(split, number, make=None):
+    """The toy clip of a split and number, by SEED alone -> [(clip, rows)], why other rows are dropped.
+
+    Its rows are made by make(rng, clip), or else by the maker of its kind of clip.
+    """
     rng = np.random.default_rng([SEED, SPLITS.index(split), number])
     kinds = ("both", "sequence") if split.startswith("rl") else ("object", "camera")
     kind = kinds[int(rng.random() >= P_OBJECT_CLIP)]
@@ -972,8 +885,7 @@ def toy_clip(split, number):
     clip["facts"] = {thing["name"]: thing for thing in clip["things"]}
     if split.startswith("rl"):
         return [(clip, compound_rows(rng, clip, kind))], {}
-    make = pretrain_rows if split.startswith("pretrain") else camera_rows if kind == "camera" else object_rows
-    rows, dropped = accept(make, rng, clip)
+    rows, dropped = accept(make or (camera_rows if kind == "camera" else object_rows), rng, clip)
     return [(clip, rows)], dropped
 
 
@@ -1039,14 +951,14 @@ def save_clips(folder, clips, made):
     part.rename(folder)
 
 
-def work(job):
+def work(job, make=None):
     """A job -> split, path, {"rows", "dropped"} made now or read if finished, what it took (Counter)."""
     split, number, path = job
     folder = Path(OUT, "processed_data", f"{split}_{number:05d}")
     SPENT.clear()
     if (folder / "rows.json").exists():
         return split, path, json.loads((folder / "rows.json").read_text()), {}
-    clips, dropped = video_clips(folder.name, number, path) if path else toy_clip(split, number)
+    clips, dropped = video_clips(folder.name, number, path) if path else toy_clip(split, number, make)
     made = {"rows": [item for _, rows in clips for item in rows], "dropped": dropped}
     if made["rows"]:
         save_clips(folder, clips, made)
@@ -1074,22 +986,39 @@ def list_jobs():
     if SOURCE != "toy":
         return list_videos(VIDEOS and Path(VIDEOS, FOLDERS[SOURCE][0]))
     counts = [TRAIN_CLIPS, TEST_CLIPS, RL_TRAIN_CLIPS, RL_TEST_CLIPS]
-    counts += [PRETRAIN_CLIPS, PRETRAIN_TEST_CLIPS if PRETRAIN_CLIPS else 0]
     return [(split, number, "") for split, count in zip(SPLITS, counts) for number in range(count)]
 
 
 def open_folder(out, constants):
-    """Makes OUT, or checks that what it holds has the same constants; exits if it is finished or differs."""
+    """Makes a folder, or checks that what it holds has the same constants -> whether it is finished."""
     recorded, text = out / "constants.json", json.dumps(constants, indent=1)
     before = json.loads(recorded.read_text()) if recorded.exists() else {}
     changed = [name for name, value in json.loads(text).items() if before.get(name, value) != value]
     check(not changed, f"{out} was made with another {', '.join(changed)}; set OUT to a new folder.")
     check(before or not out.exists() or not any(out.iterdir()), f"{out} holds something else; set a new OUT.")
-    if (out / "meta.json").exists():
-        print(f"{out} is finished already, made with these very constants.")
-        sys.exit(0)
     (out / "processed_data").mkdir(parents=True, exist_ok=True)
     recorded.write_text(text)
+    return (out / "meta.json").exists()
+
+
+def run_jobs(jobs, do, start, settings):
+    """Does jobs on WORKERS processes begun by start(*settings) -> {split: made rows}, {reason: examples}."""
+    begun, items, dropped = time.time(), {}, {}
+    try:
+        with ProcessPoolExecutor(WORKERS, initializer=start, initargs=settings) as pool:
+            for number, (split, path, made, spent) in enumerate(pool.map(do, jobs, chunksize=1), 1):
+                items.setdefault(split, []).extend(made["rows"])
+                for reason, count in made["dropped"].items():
+                    dropped.setdefault(reason, []).extend([path or split] * count)
+                SPENT.update(spent)
+                if number % 8 == 0 or number == len(jobs):
+                    rate = number / (time.time() - begun)
+                    print(f"\rclip {number:6d}/{len(jobs)} | {rate:.1f} a second", end="", flush=True)
+    except KeyboardInterrupt:
+        sys.exit(f"Stopped; {OUT} keeps what is done, the same command goes on from there.")
+    for reason, names in dropped.items():
+        print(f"\ndropped: {len(names)} {reason}, such as {', '.join(names[:3])}", end="")
+    return items, dropped
 
 
 def write_files(out, items, dropped, constants):
@@ -1113,25 +1042,11 @@ def write_files(out, items, dropped, constants):
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     settings = {key: value for key, value in set_constants(globals()).items() if not isinstance(value, list)}
     recorded = {name: value for name, value in settings.items() if name not in ("OUT", "WORKERS")}
-    out, begun, items, dropped, jobs = Path(OUT), time.time(), {}, {}, list_jobs()
-    open_folder(out, recorded)
-    try:
-        with ProcessPoolExecutor(WORKERS, initializer=start_worker, initargs=[settings]) as pool:
-            for number, (split, path, made, spent) in enumerate(pool.map(work, jobs, chunksize=1), 1):
-                items.setdefault(split, []).extend(made["rows"])
-                for reason, count in made["dropped"].items():
-                    dropped.setdefault(reason, []).extend([path or split] * count)
-                SPENT.update(spent)
-                if number % 8 == 0 or number == len(jobs):
-                    rate = number / (time.time() - begun)
-                    print(f"\rclip {number:6d}/{len(jobs)} | {rate:.1f} a second", end="", flush=True)
-    except KeyboardInterrupt:
-        sys.exit(f"Stopped; {out} keeps what is done, the same command goes on from there.")
-    if PRETRAIN_CLIPS and SOURCE == "toy":
-        items["pretrain"] += [option_row("pretrain", n) for n in range(OPTION_ROWS)]
-        items["pretrain_test"] += [option_row("pretrain_test", n) for n in range(3 * PRETRAIN_TEST_CLIPS)]
-    for reason, names in dropped.items():
-        print(f"\ndropped: {len(names)} {reason}, such as {', '.join(names[:3])}", end="")
+    out, begun, jobs = Path(OUT), time.time(), list_jobs()
+    if open_folder(out, recorded):
+        print(f"{out} is finished already, made with these very constants.")
+        sys.exit(0)
+    items, dropped = run_jobs(jobs, work, start_worker, [settings])
     print(f"\ndecoded: {SPENT['frames'] / (SPENT['seconds'] or 1):.0f} frames/s/worker" * bool(SPENT), end="")
     write_files(out, items, dropped, recorded)
     print(f"\n{out} is ready after {time.time() - begun:.0f} s.")

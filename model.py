@@ -4,7 +4,7 @@
 thought: after `<|latent_start|>` it reads its own last hidden state K times instead of a token, then goes on
 with `<|latent_end|>`. This file holds everything about that which training, RL and evaluation must agree on.
 Top to bottom: command line, devices, rows, pixels, positions, samples, the module, generation, checkpoints.
-It is imported by the stages; `make_tiny` writes a random network to pretrain (README, "The tiny base").
+It is imported by the stages.
 
 Letters in shape comments: B rows, T tokens, D width, V vocabulary, K latents per image, N visual tokens of
 one image or video, P patches (before the 2 x 2 merge), n any count.
@@ -38,7 +38,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AddedToken, AutoTokenizer, DynamicCache, Qwen2_5_VLConfig, Qwen2Tokenizer
+from transformers import AddedToken, AutoTokenizer, DynamicCache
 from transformers import Qwen2_5_VLForConditionalGeneration as QwenVL
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -810,31 +810,3 @@ def load_optimizer(folder, model, optimizer):
             if f"{name}.{key}" in tensors:
                 device = "cpu" if key == "step" else parameter.device
                 optimizer.state[parameter][key] = tensors[f"{name}.{key}"].to(device)
-
-
-def make_tiny(out, data, config="assets/tiny_network.json", vocab=1024, seed=0):
-    """Trains a byte-level BPE on the rows of `data`/*.jsonl, draws random weights, writes a checkpoint.
-
-    The tokenizer has Qwen's special tokens; the latent ones come with the first dift.py run, as for a Qwen.
-    """
-    texts = [SUFFIX, PROMPT.format(video="", text="")]
-    for file in sorted(Path(data).glob("*.jsonl")):
-        rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
-        texts += [value for row in rows for value in row.values() if isinstance(value, str)]
-    names = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
-    specials = [f"<|{name}|>" for name in names]
-    tok = Qwen2Tokenizer().train_new_from_iterator(texts, vocab, new_special_tokens=specials)
-    tok.chat_template = (Path(__file__).parent / "assets" / "chat_template.jinja").read_text()
-    config = Qwen2_5_VLConfig.from_pretrained(config)
-    config.text_config.vocab_size = 64 * math.ceil((len(tok) + 3) / 64)  # spare rows, as Qwen2.5-VL has them
-    for name in names[2:]:
-        setattr(config, f"{name.removesuffix('_pad')}_token_id", tok.convert_tokens_to_ids(f"<|{name}|>"))
-    torch.manual_seed(seed)
-    net = QwenVL._from_config(config, attn_implementation="sdpa")
-    net.save_pretrained(out)
-    tok.save_pretrained(out)
-    file = Path(out) / "tokenizer.json"
-    table, glued = json.loads(file.read_text()), re.compile("[^Ġ-][A-F]$")
-    # "<answer>A" and "blueA" must hold the very token "A" that begins an option's line
-    table["model"]["merges"] = [x for x in table["model"]["merges"] if not glued.search("".join(x))]
-    file.write_text(json.dumps(table))

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from model import load_model, make_tiny
+from make_tiny import make_network
+from model import load_model
 
 ROOT = Path(__file__).parent.parent
 SIZE = (56, 42)  # width, height: 4 x 3 merged tokens with patches of 7 and a merge of 2
@@ -90,7 +91,7 @@ def write_data(folder, count=8, clips=4, frames=4, seed=0):
 def make_world(folder, tied=True, text=(), **vision):
     """folder/data with rows, folder/base with the random network -> folder."""
     write_data(folder / "data")
-    make_tiny(folder / "base", folder / "data", write_config(folder / "config.json", tied, text, **vision))
+    make_network(folder / "base", folder / "data", write_config(folder / "config.json", tied, text, **vision))
     return folder
 
 
@@ -129,4 +130,7 @@ def refused(call, *words):
 
 def one_thread():
     """The environment of a subprocess: one thread, and this folder's modules."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "assets"))),
+    }

@@ -1,6 +1,6 @@
 """Measures the tiny base on held-out clips: grounding words, option letters, and motion (to be at chance).
 
-    python tests/measure_base.py MODEL=assets/tiny DATA=out/pretrain
+    python tests/measure_base.py MODEL=assets/tiny DATA=out/tiny/rows
 
 Prints a line each for x, y, size words ("track"), letters of "pick the option that says", and the motion
 questions of test_imagery.jsonl, with the number of items and the 95 % interval.
@@ -16,7 +16,7 @@ from evaluate import evaluate, wilson
 from model import Images, encode_row, generate, load_model, read_rows, set_constants
 
 MODEL = "assets/tiny"  # a base made by dift.py with K=0, or any checkpoint
-DATA = "out/pretrain"  # folder with pretrain_test.jsonl and test_imagery.jsonl
+DATA = "out/tiny/rows"  # folder with pretrain_test.jsonl and test_imagery.jsonl
 LIMIT = 200  # rows of each kind at most
 BATCH = 50  # rows answered at once
 

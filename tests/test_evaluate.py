@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 import evaluate
-from model import load_model, make_tiny, read_rows
+from make_tiny import make_network
+from model import load_model, read_rows
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,7 +63,7 @@ def world(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("evaluate")
     path = make_rows(folder / "data")
-    make_tiny(folder / "base", folder / "data")
+    make_network(folder / "base", folder / "data")
     model = load_model(folder / "base", K=4, pooling="grid")
     model.net.save_pretrained(folder / "model")
     model.tok.save_pretrained(folder / "model")

@@ -13,13 +13,12 @@ import pytest
 from PIL import Image
 
 import generate_data as gd
+import make_tiny
 from model import read_rows
 
 SCRIPT = Path(gd.__file__)
-FEW = ["TRAIN_CLIPS=14", "TEST_CLIPS=4", "RL_TRAIN_CLIPS=4", "RL_TEST_CLIPS=2", "PRETRAIN_CLIPS=4"]
-FEW += ["PRETRAIN_TEST_CLIPS=2", "OPTION_ROWS=6"]
+FEW = ["TRAIN_CLIPS=14", "TEST_CLIPS=4", "RL_TRAIN_CLIPS=4", "RL_TEST_CLIPS=2"]
 LAST = gd.FRAMES - 1
-MOTION_WORDS = "mov|pan|tilt|roll|dolly|truck|pedestal|toward|away|closer|farther|speed|up\\b|down"
 
 
 def generate(monkeypatch, out, *words):
@@ -110,7 +109,7 @@ def test_roll_turns_the_horizon_the_other_way(label, sign):
         lean = (left.mean((1, 2)) - right.mean((1, 2))).round(6)
         assert sign * (lean[-1] - lean[0]) > 0.15
         clip = {"rot": scene["rot"][[0, 0, -1, -1]], "times": [0, 1, 2, 3], "frames": scene["frames"]}
-        leans = [entry.split()[-1] for entry in gd.track(clip, "horizon", False).split(", ")]
+        leans = [entry.split()[-1] for entry in make_tiny.track(clip, "horizon", False).split(", ")]
         assert leans == (["sloping-right", "sloping-left"] if sign > 0 else ["sloping-left", "sloping-right"])
 
 
@@ -229,7 +228,7 @@ def test_spots_are_spelled_in_fifths():
     mask[0, 40:50, 0:10] = True
     assert gd.spell_spot(gd.where(mask)) == "leftmost bottom small"
     clip = {"frames": np.zeros((2, 50, 50, 3)), "times": [0, 1], "masks": {"box": np.repeat(mask, 2, 0)}}
-    assert gd.track(clip, "box", True) == "x 4 y 44"
+    assert make_tiny.track(clip, "box", True) == "x 4 y 44"
     assert gd.spell_spot(gd.where(np.zeros((1, 50, 50), bool))) == "hidden"
 
 
@@ -377,54 +376,6 @@ def test_rejected_rows_are_made_again_and_then_dropped():
     assert kept == [good] and reasons == {"the answer is not the key": 1}
 
 
-def test_option_rows_are_answered():
-    """Every third text-only question names an option, which answers it; the others are drills."""
-    for number in range(0, 90, 3):
-        rows = [gd.option_row("pretrain", number + turn)["row"] for turn in range(3)]
-        assert [row["subtask"] for row in rows] == ["near", "far", "options"]
-        assert all(row["image_input"] == [] for row in rows)
-        asked = re.search(r'says "(.*)"\.', rows[2]["text_input"])[1]
-        answer = re.search("<answer>(.*)</answer>", rows[2]["text_output"])[1]
-        assert answer.endswith(". " + asked) and answer in rows[2]["text_input"].split("\n")
-
-
-def check_pairs(text, options, gaps):
-    """Every label of a drill's text, with one of the gaps and its letter, is in the list -> the letters."""
-    letters = []
-    for gap in gaps:
-        label = next(x[3:] for x in options if text.startswith(x[3:] + gap + x[0]))
-        letters.append(text[len(label + gap)])
-        assert f"{letters[-1]}. {label}" in options
-        text = text[len(label + gap) + 1 :].removeprefix("\n")
-    assert text == ""
-    return letters
-
-
-def test_a_far_drill_names_the_letters_of_its_options():
-    """Eight labels of the question's list with their letters, at growing distances."""
-    seen = set()
-    for number in range(60):
-        question, answer = gd.drill(np.random.default_rng(number), near=False)
-        options = question.split("\n\n")[1].split("\n")
-        assert len(options) == len(set(options)) == 4
-        seen |= set(check_pairs(answer, options, ("", "\n", ".\n", ".</think>\n<answer>") * 2))
-    assert seen == set("ABCD")
-
-
-def test_a_near_drill_copies_each_list_before_its_labels():
-    """Three lists of four as in the question, after each six labels with their letters."""
-    seen = set()
-    for number in range(20):
-        question, answer = gd.drill(np.random.default_rng(number), near=True)
-        lists, parts = question.split("\n\n")[1:], answer.split("\n\n")
-        assert len(lists) == len(parts) == 3
-        for listed, part in zip(lists, parts):
-            assert part.startswith(listed + "\n")
-            options = listed.split("\n")
-            seen |= set(check_pairs(part.removeprefix(listed + "\n"), options, ("", "\n") * 3))
-    assert seen == set("ABCD")
-
-
 # ---------------------------------------------------------------- files
 
 
@@ -444,11 +395,10 @@ def test_rows_of_the_three_forms_ask_the_same(folder):
 
 def test_files_are_read_by_the_other_stages(folder):
     """read_rows takes every jsonl, so the images exist; frames are of SIZE; meta.json counts right."""
-    no_key = ("grounding", "fine", "near", "far")
     for path in sorted(folder.glob("*.jsonl")):
         for row in read_rows(path):
             assert len(row["times"]) == len(row["image_input"])
-            assert row["key"] in row["options"] or row["subtask"] in no_key
+            assert row["key"] in row["options"]
     row = read_rows(folder / "train_imagery.jsonl")[0]
     assert Image.open(row["image_input"][0]).size == (gd.SIZE, gd.SIZE)
     assert row["text_output"].count("<output_image>") == len(row["image_output"])
@@ -486,7 +436,7 @@ def test_splits_share_no_clip_and_ids_are_unique(folder):
         clips.setdefault(split, set()).update(row["clip"] for row in rows)
         assert len({row["id"] for row in rows}) == len(rows)
     names = [name for split in clips for name in clips[split]]
-    assert len(clips) == 6 and len(names) == len(set(names))
+    assert len(clips) == 4 and len(names) == len(set(names))
     for row in rows_of(folder / "train_imagery.jsonl"):
         assert re.fullmatch(
             rf"{row['clip']}_(\d->\d|dynamic_(direct|bbox|distance|speed)(_\w+-\w+)?)", row["id"]
@@ -501,19 +451,6 @@ def test_rl_rows_are_compound(folder):
         assert row["Type"] in ("compound_both", "compound_sequence")
         assert all(text.startswith(("Camera: ", "First ")) for text in options)
         assert len(row["frame_paths"]) == len(row["times"]) == gd.FRAMES
-
-
-def test_grounding_rows_name_no_motion(folder):
-    """Pretraining rows track things over frame pairs without any word of motion."""
-    rows = [row for row in rows_of(folder / "pretrain.jsonl") if row["image_input"]]
-    assert {row["subtask"] for row in rows} >= {"grounding", "fine"}
-    for row in rows:
-        assert not re.search(
-            MOTION_WORDS, (row["text_input"] + row["text_output"]).lower().replace("upper", "")
-        )
-        if row["subtask"] == "grounding":
-            lines = re.search("<answer>(.*)</answer>", row["text_output"], flags=re.S)[1].split("\n")
-            assert all(len(line.split(": ")[1].split(", ")) == gd.FRAMES // 2 for line in lines)
 
 
 def test_same_seed_same_bytes_and_a_killed_run_continues(folder, monkeypatch, tmp_path):

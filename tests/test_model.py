@@ -8,8 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import N, draw_image, lively, make_world, refused, write_config, write_data
+from helpers import N, draw_image, lively, make_world, refused, write_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -1334,30 +1333,3 @@ def test_attention_is_pinned_and_weights_are_float32(tiny, model, tmp_path):
     assert {x.dtype for x in load_model(tmp_path / "half", K=4, pooling="grid").parameters()} == {
         torch.float32
     }
-
-
-def test_a_letter_is_one_token_wherever_it_stands(tiny, tmp_path):
-    """Even if the corpus has "blueB" so often that the tokenizer would merge it; "-Clockwise" stays whole."""
-    (tmp_path / "data").mkdir()
-    row = {"text": "<answer>B</answer> blueB whiteC LeftA\nblueB whiteC LeftA Counter-Clockwise"}
-    (tmp_path / "data" / "rows.jsonl").write_text((json.dumps(row) + "\n") * 50)
-    model_py.make_tiny(tmp_path / "base", tmp_path / "data", tiny / "config.json")
-    tok = AutoTokenizer.from_pretrained(tmp_path / "base")
-    pieces = tok.tokenize(row["text"])
-    assert [piece for piece in pieces if piece in "ABC"] == list("BBCABCA")
-    assert "-Clockwise" in pieces and tok.decode(tok(row["text"])["input_ids"]) == row["text"]
-
-
-def test_a_tiny_network_is_reproducible_and_speaks_its_data(tiny, rows, tmp_path):
-    write_data(tmp_path / "data")
-    model_py.make_tiny(tmp_path / "base", tmp_path / "data", tiny / "config.json")
-    for name in ("model.safetensors", "tokenizer.json"):
-        assert (tmp_path / "base" / name).read_bytes() == (tiny / "base" / name).read_bytes()
-    tok = AutoTokenizer.from_pretrained(tiny / "base")
-    assert tok.decode(tok(rows[0]["text_output"])["input_ids"]) == rows[0]["text_output"]
-    assert len(tok("<|im_start|><|video_pad|><|vision_end|>")["input_ids"]) == 3
-    for text in ("\nB. Pan Right", "<answer>B. Pan Right"):  # one token for a letter, wherever it stands
-        assert "B" in tok.tokenize(text)
-    config = json.loads((tiny / "base" / "config.json").read_text())
-    assert config["video_token_id"] == tok.convert_tokens_to_ids("<|video_pad|>")
-    assert F.one_hot(torch.tensor(tok("é 字")["input_ids"])).sum() > 2  # any text has tokens
