@@ -25,7 +25,6 @@ Differs from the paper:
 import ast
 import base64
 import contextlib
-import csv
 import functools
 import html
 import io
@@ -47,7 +46,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 from model import Images, check, encode_row, generate, video_grid
-from model import init_distributed, load_model, newest_checkpoint, read_rows, set_constants
+from model import init_distributed, load_model, newest_checkpoint, read_rows, read_table, set_constants
 
 # --- paths
 MODEL = "out/dift"  # run folder (its newest checkpoint is taken) or one checkpoint
@@ -246,22 +245,6 @@ def describe(summary):
 # ---------------------------------------------------------------- benchmarks
 
 
-def read_table(path):
-    """A file's entries: parquet, csv, tsv, jsonl or json (a list, or a dict of them) -> [dict]."""
-    check(path.suffix != ".parquet" or find_spec("pyarrow"), f"{path} needs pyarrow: pip install pyarrow.")
-    try:
-        if path.suffix == ".parquet":
-            return import_module("pyarrow.parquet").read_table(path).to_pylist()
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix in (".csv", ".tsv"):
-                return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-            lines = path.suffix == ".jsonl"
-            entries = [json.loads(line) for line in file if line.strip()] if lines else json.load(file)
-    except ValueError as error:
-        check(False, f"{path} is no valid {path.suffix[1:]} file ({error}); download it again.")
-    return list(entries.values()) if isinstance(entries, dict) else entries
-
-
 def parse_options(value):
     """Options in any shape -> {"A": "left", ...}: list, array, dict, text of one, "A: left; B: right"."""
     with contextlib.suppress(AttributeError, ValueError, SyntaxError):  # else it is no text of a list or dict
@@ -379,6 +362,18 @@ def add_frames(rows, rank=0, world=1, **how):
         frames = found[row["video"]]
         row["lost"], frames = (frames, []) if isinstance(frames, str) else ("", frames)
         row["image_input"], row["times"] = [path for path, _ in frames], [time for _, time in frames]
+
+
+def film(rows, videos, rank=0, world=1):
+    """Gives rows that name only a video (4DRL) its frames, 1 a second up to 50 -> the rows not lost."""
+    filmed = [row for row in rows if row.get("video")]
+    for row in filmed:
+        row["video"] = str(Path(videos) / Path(row["video"]).name) if videos else row["video"]
+    add_frames(filmed, rank, world, root="", cache=CACHE, fps=1.0, most=50)
+    lost = [row for row in filmed if row["lost"]]
+    if lost and rank == 0:
+        print(f"{len(lost)} of {len(rows)} questions are left out; {lost[0]['where']}: {lost[0]['lost']}.")
+    return [row for row in rows if not row.get("lost")]
 
 
 # ---------------------------------------------------------------- controls
@@ -811,6 +806,8 @@ if __name__ == "__main__":
     if kind != "eval":
         some = rows if VIDEO == "other" or LATENTS == "swap" else rows[: LIMIT or None]
         add_frames(some, rank, world, root="" if ASK else VIDEOS, cache=CACHE, fps=FPS, most=MAX_FRAMES)
+    else:
+        rows = film(rows, VIDEOS, rank, world)
     model = load_model(MODEL, device, suffix=SUFFIX, seconds_per_pair=SECONDS_PER_PAIR)
     suffix = "".join(f"_{name.lower()}-{constants[name]}" for name in CONTROLS if constants[name])
     out = Path(OUT or Path(MODEL) / f"{kind}{suffix}")

@@ -1,10 +1,10 @@
 """Videos, overlays, questions and chains of thought (paper Sec. 3.1): a toy 3-D world, or real footage.
 
 In:  nothing (SOURCE="toy"), or VIDEOS: a folder in SpatialVID's layout (SOURCE="spatialvid") or any folder
-     of mp4 files (SOURCE="videos"); README, "Real video", says which files are read; tables and phrases from
-     assets/vocabulary.json and assets/phrases.json
+     of mp4 files (SOURCE="videos", "questions"); README, "Real video", says which files are read; tables and
+     phrases from assets/vocabulary.json and assets/phrases.json
 Out: OUT/{train,test}_{imagery,noimage,verbal}.jsonl  questions on disjoint clips, one chain of thought a file
-     OUT/rl_{train,test}.jsonl    compound questions for 4DRL (toy only)
+     OUT/rl_{train,test}.jsonl    questions for 4DRL: compound ones of the toy, or those of QUESTIONS
      OUT/processed_data/<clip>/   frames/, masked_static_overlays/, masked_dynamic_overlays/ and rows.json
      OUT/meta.json                constants, counts and what was dropped, last: without it it is unfinished
 
@@ -44,13 +44,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from model import check, set_constants
+from model import check, read_table, set_constants
 
 # paths
 OUT = "out/toy"  # folder that is written
+QUESTIONS = ""  # 4DRL rows of the release (jsonl) or DSR-Train's (json, parquet), for SOURCE="questions"
 VIDEOS = ""  # folder of mp4 files, searched through all its folders, or SpatialVID's own
 # data
-SOURCE = "toy"  # "toy" | "spatialvid" | "videos"
+SOURCE = "toy"  # "toy" | "spatialvid" | "videos" | "questions"
 COT = "all"  # "all" | "imagery" | "noimage" | "verbal": which chains of thought are written
 TRAIN_CLIPS = 7000  # clips of train_*.jsonl (ours)
 TEST_CLIPS = 500  # clips of test_*.jsonl, never seen in training (ours)
@@ -108,8 +109,10 @@ PAIRS = [f"{MOVES[i]} and {MOVES[j]}" for i in range(12) for j in range(12) if i
 VOCABULARY = {name: list(words) for name, words in WORDS.items()} | {"single": MOVES, "pair": PAIRS}
 # a split's place seeds its clips; the last two are those of assets/make_tiny.py
 SPLITS = ["train", "test", "rl_train", "rl_test", "pretrain", "pretrain_test"]
+# 4DRL's names for the columns of DSR-Train's parquet
+DSR_NAMES = {"type": "Type", "question": "Question", "answer": "Correct", "videoID": "video_path"}
 FORMS = ["imagery", "noimage", "verbal"]
-FOLDERS = {"videos": ("", ""), "spatialvid": ("videos", "annotations")}  # in VIDEOS: of clips, of notes
+FOLDERS = {"videos": ("", ""), "questions": ("", ""), "spatialvid": ("videos", "annotations")}  # clips, notes
 SPENT = Counter()  # frames decoded and seconds of it, in this process
 
 # ---------------------------------------------------------------- toy world: rays, shapes, light
@@ -682,6 +685,29 @@ def list_videos(folder):
     return [(split, int(digest[:10], 16), str(path)) for split, digest, path in zip(splits, digests, paths)]
 
 
+def question_rows(path, jobs):
+    """4DRL rows of the release or DSR-Train about the jobs' videos -> {split: made rows}, {reason: where}.
+
+    A video is known by its name without folders; grpo4d.py takes the frames.
+    """
+    check(Path(path).is_file(), f"QUESTIONS={path} is no file; give a jsonl, json or parquet of questions.")
+    videos, items, lost = {Path(video).stem: (split, video) for split, _, video in jobs}, {}, []
+    for number, raw in enumerate(read_table(Path(path)), 1):
+        raw = {DSR_NAMES.get(name, name): raw[name] for name in raw} if isinstance(raw, dict) else {}
+        raw |= zip("ABCDEF", found) if isinstance(found := raw.pop("options", ()), (list, tuple)) else {}
+        fine = raw.get("Question") and raw.get("video_path") and raw.get(raw.get("Correct"))
+        check(fine, f"{path}: question {number} is not of 4DRL or DSR-Train: no text, video or right option.")
+        name = Path(raw["video_path"]).name.removesuffix(".mp4")
+        split, video = videos.get(name, ("", ""))
+        raw |= {"video_path": os.path.relpath(video or name, OUT), "id": f"{name}_{number}", "clip": name}
+        if video:
+            items.setdefault(f"rl_{split}", []).append({"row": raw, "label": raw["Correct"]})
+        else:
+            lost.append(name)
+    check(items, f"QUESTIONS={path} asks about no video in VIDEOS={VIDEOS}; set VIDEOS to their folder.")
+    return items, {"questions are about videos that are not in VIDEOS": lost} if lost else {}
+
+
 def read_notes(folder):
     """A clip's annotations in SpatialVID's files -> {"indexes": (T,), "poses": (T, 7), ...}, if there."""
     readers = {"indexes.txt": lambda path: np.loadtxt(path, int, ndmin=2)[:, 1]}
@@ -1016,14 +1042,14 @@ def run_jobs(jobs, do, start, settings):
                     print(f"\rclip {number:6d}/{len(jobs)} | {rate:.1f} a second", end="", flush=True)
     except KeyboardInterrupt:
         sys.exit(f"Stopped; {OUT} keeps what is done, the same command goes on from there.")
-    for reason, names in dropped.items():
-        print(f"\ndropped: {len(names)} {reason}, such as {', '.join(names[:3])}", end="")
     return items, dropped
 
 
 def write_files(out, items, dropped, constants):
     """{split: made rows} -> the jsonl files and, last, meta.json with constants and counts."""
     counts = {}
+    for reason, names in dropped.items():
+        print(f"\ndropped: {len(names)} {reason}, such as {', '.join(names[:3])}", end="")
     for split, rows in items.items():
         check(rows, f"There are no rows for the split {split}; use more videos or another HELD_OUT or SEED.")
         forms = [form for form in FORMS if COT in ("all", form)] if split in ("train", "test") else [""]
@@ -1046,7 +1072,10 @@ if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     if open_folder(out, recorded):
         print(f"{out} is finished already, made with these very constants.")
         sys.exit(0)
-    items, dropped = run_jobs(jobs, work, start_worker, [settings])
+    if SOURCE == "questions":
+        items, dropped = question_rows(QUESTIONS, jobs)
+    else:
+        items, dropped = run_jobs(jobs, work, start_worker, [settings])
     print(f"\ndecoded: {SPENT['frames'] / (SPENT['seconds'] or 1):.0f} frames/s/worker" * bool(SPENT), end="")
     write_files(out, items, dropped, recorded)
     print(f"\n{out} is ready after {time.time() - begun:.0f} s.")

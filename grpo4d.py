@@ -44,6 +44,7 @@ from model import set_constants
 MODEL = "out/dift"  # run folder (its newest checkpoint is taken) or one checkpoint: where the policy starts
 REFERENCE = ""  # the frozen model of the KL term; "": where the policy started (paper)
 DATA = "out/toy/rl_train.jsonl"  # questions with options and a key
+VIDEOS = ""  # folder of the videos of rows that have no frames; "": where the rows say
 HOLDOUT = "out/toy/rl_test.jsonl"  # compound questions scored before, during and after; "": none
 SINGLES = "out/toy/test_imagery.jsonl"  # single-motion questions, scored before and after; "": none
 OUT = "out/grpo4d"  # checkpoints, log, scores
@@ -248,11 +249,13 @@ if __name__ == "__main__":
     say = functools.partial(print, flush=True) if rank == 0 else lambda *words, **how: None
 
     # data
-    rows = read_rows(DATA)
+    rows = evaluate.film(read_rows(DATA), VIDEOS, rank, world)
+    check(rows, f"DATA={DATA}: no row's video could be used; set VIDEOS to their folder.")
     for row in rows:
         check(row["key"] in row["options"], f"{row['where']}: no options with a key to reward by; drop it.")
     asked = {name: file for name, file in (("compound", HOLDOUT), ("single", SINGLES)) if file}
     held_out = {name: read_rows(file, HOLDOUT_ROWS) for name, file in asked.items()}
+    held_out = {name: evaluate.film(some, VIDEOS, rank, world) for name, some in held_out.items()}
 
     # the policy, from the newest checkpoint in OUT or from MODEL, and the frozen reference
     done = sorted(Path(OUT).glob("step_*/config.json")) if RESUME == "auto" else []

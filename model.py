@@ -17,6 +17,7 @@ Differs from the paper:
 
 import ast
 import atexit
+import csv
 import difflib
 import functools
 import json
@@ -27,6 +28,8 @@ import re
 import shutil
 import sys
 import time
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +139,8 @@ def read_rows(path, limit=None):
     """Reads a DIFT or 4DRL jsonl -> rows of one shape; exits with "file:line: ..." on the first bad one.
 
     Keys of a row: id, where ("file:line"), text_input, text_output ("" if there is none), image_input and
-    image_output (absolute paths), times (seconds per frame), subtask, clip, key ("B"), options {"A": ".."}.
+    image_output (absolute paths), times (seconds per frame), subtask, clip, key ("B"), options {"A": ".."},
+    video ("" if there are frames; a 4DRL row may name only a video, whose frames evaluate.film adds).
     """
     path = Path(path)
     check(path.is_file(), f"There is no file {path}; make it with generate_data.py or set DATA.")
@@ -153,6 +157,25 @@ def read_rows(path, limit=None):
         rows.append(normalise_row(raw, where, path.parent))
     check(rows, f"{path} holds no rows; make it again with generate_data.py.")
     return rows
+
+
+def read_table(path):
+    """A file's entries: parquet, csv, tsv, jsonl or json (a list, a dict of them or of lists) -> [dict]."""
+    check(path.suffix != ".parquet" or find_spec("pyarrow"), f"{path} needs pyarrow: pip install pyarrow.")
+    try:
+        if path.suffix == ".parquet":
+            return import_module("pyarrow.parquet").read_table(path).to_pylist()
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix in (".csv", ".tsv"):
+                return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+            lines = path.suffix == ".jsonl"
+            entries = [json.loads(line) for line in file if line.strip()] if lines else json.load(file)
+        if isinstance(entries, dict) and all(isinstance(some, list) for some in entries.values()):
+            # DSR-Train: the questions of each video
+            return [{"videoID": name, **entry} for name, some in entries.items() for entry in some]
+    except (ValueError, TypeError) as error:
+        check(False, f"{path} is no valid {path.suffix[1:]} file ({error}); download it again.")
+    return list(entries.values()) if isinstance(entries, dict) else entries
 
 
 def normalise_row(raw, where, folder):
@@ -176,7 +199,9 @@ def normalise_row(raw, where, folder):
     places = row["text_output"].count(PLACEHOLDER)
     fine = places == images or not row["text_output"]
     check(fine, f"{where}: text_output has {places} {PLACEHOLDER}, image_output {images} files.")
-    row["clip"] = str(raw.get("clip") or (Path(raw["image_input"][0]).parent.parent.name if frames else ""))
+    row["video"] = "" if frames or not raw.get("video_path") else str(folder / raw["video_path"])
+    clip = Path(raw["image_input"][0]).parent.parent.name if frames else Path(row["video"]).stem
+    row["clip"] = str(raw.get("clip") or clip)
     row["options"] = dict(re.findall(r"^([A-F])\. (.*)$", row["text_input"], flags=re.M))
     answer = re.search(r"<answer>\s*([A-F])\b", row["text_output"])
     row["key"] = raw.get("key") or (answer.group(1) if answer else None)
@@ -188,12 +213,13 @@ def from_rl_row(raw, where):
     letters = [letter for letter in "ABCDEF" if raw.get(letter) not in (None, "")]
     fine = raw.get("Correct") in letters
     check(fine, f"{where}: the key 'Correct' is {raw.get('Correct')!r}, the options are {letters}.")
-    check(raw.get("frame_paths"), f"{where}: no 'frame_paths'; extract the frames of video_path first.")
+    frames = raw.get("frame_paths") or []
+    check(frames or raw.get("video_path"), f"{where}: there is neither 'frame_paths' nor 'video_path'.")
     texts = [re.sub(rf"^{letter}[.)]\s+", "", str(raw[letter])) for letter in letters]
     options = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, texts))
     row = {"text_input": f"{raw['Question']}\n\n{options}", "text_output": "", "image_output": []}
-    row |= {"image_input": raw["frame_paths"], "subtask": raw.get("Type", "all"), "key": raw["Correct"]}
-    return row | {name: raw[name] for name in ("id", "times", "clip") if name in raw}
+    row |= {"image_input": frames, "subtask": raw.get("Type", "all"), "key": raw["Correct"]}
+    return row | {name: raw[name] for name in ("id", "times", "clip", "video_path") if name in raw}
 
 
 def find_file(name, folder, where):

@@ -149,6 +149,7 @@ def test_a_dift_row(tmp_path):
         "clip": "c",
         "key": "B",
         "options": {"A": "Left", "B": "Right"},
+        "video": "",
     }
 
 
@@ -174,6 +175,15 @@ def test_a_4drl_row(tmp_path):
     assert (row["image_output"], row["times"], row["clip"]) == ([], [4.0], "c")
     assert row["image_input"] == [f"{tmp_path}/c/frames/0.jpg"]
     assert read_rows(tmp_path / "rows.jsonl")[1]["options"]["D"] == "5"
+
+
+def test_a_4drl_row_may_name_only_a_video(tmp_path):
+    """Relative paths count from the file, others stay; frames, if there are any, come first."""
+    raw = {"Question": "?", "A": "x", "Correct": "A", "video_path": "v/abc_11.mp4"}
+    framed = raw | {"frame_paths": ["c/frames/0.jpg"]}
+    rows = read(tmp_path, raw, raw | {"video_path": "/x/y.mp4"}, framed)
+    assert [row["video"] for row in rows] == [f"{tmp_path}/v/abc_11.mp4", "/x/y.mp4", ""]
+    assert [row["clip"] for row in rows] == ["abc_11", "y", "c"] and rows[0]["image_input"] == []
 
 
 @pytest.mark.parametrize(
@@ -212,7 +222,7 @@ def test_a_path_counts_from_the_working_folder_first(tmp_path, monkeypatch):
         (raw_row(times=3), "times"),
         ({"Question": "?", "A": "x", "Correct": "B", "frame_paths": ["c/o/0.jpg"]}, "'Correct' is 'B'"),
         ({"Question": "?", "A": "x", "frame_paths": ["c/o/0.jpg"]}, "'Correct' is None"),
-        ({"Question": "?", "A": "x", "Correct": "A", "video_path": "x.mp4"}, "frame_paths"),
+        ({"Question": "?", "A": "x", "Correct": "A", "video_path": ""}, "frame_paths"),
     ],
 )
 def test_a_malformed_row_is_named_by_its_place(tmp_path, bad, words):
