@@ -12,14 +12,15 @@ Out: OUT/{train,test}_{imagery,noimage,verbal}.jsonl  questions on disjoint clip
     python generate_data.py TRAIN_CLIPS=64000 SIZE=84 OUT=out/big             # more, for a GPU run
     python generate_data.py SOURCE=videos VIDEOS=clips OUT=out/own            # any mp4 files, no masks needed
     python generate_data.py SOURCE=spatialvid SEGMENTER=files MAX_SIDE=640 VIDEOS=SpatialVID OUT=out/real
+    python generate_data.py SOURCE=spatialvid SEGMENTER=sam3 WORKERS=1 \\
+        MAX_SIDE=640 VIDEOS=SpatialVID OUT=out/real       # one GPU
 
 The stage is numpy on WORKERS processes, without a GPU; under torchrun the first process does it
 all. A killed run continues when started again.
 
 Differs from the paper:
 - labels, questions and chains of thought come from geometry and templates; no large model annotates.
-- the toy world's masks, poses and paths are exact; real masks are read from files made elsewhere, or the
-  largest moving region is "the moving object", found by motion alone.
+- the toy world's masks, poses and paths are exact; real masks come from motion alone, files or SAM3.
 - the overlay check (Eq. 2) is one of sizes: a mask that is tiny or far from the clip's median is dropped.
 - camera labels that the landmark's own displacement contradicts (Eq. 3) are dropped.
 - each text exists without imagery and with words for places; option sets do not tell the truth by
@@ -27,6 +28,7 @@ Differs from the paper:
 """
 
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -38,11 +40,10 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from model import check, read_table, set_constants
 
@@ -52,26 +53,21 @@ QUESTIONS = ""  # 4DRL rows of the release (jsonl) or DSR-Train's (json, parquet
 VIDEOS = ""  # folder of mp4 files, searched through all its folders, or SpatialVID's own
 # data
 SOURCE = "toy"  # "toy" | "spatialvid" | "videos" | "questions"
-COT = "all"  # "all" | "imagery" | "noimage" | "verbal": which chains of thought are written
 TRAIN_CLIPS = 7000  # clips of train_*.jsonl (ours)
 TEST_CLIPS = 500  # clips of test_*.jsonl, never seen in training (ours)
 RL_TRAIN_CLIPS = 1500  # clips of rl_train.jsonl (ours)
 RL_TEST_CLIPS = 250  # clips of rl_test.jsonl (ours)
 P_OBJECT_CLIP = 0.5  # share of clips asked about objects; the others are asked about the camera (ours)
 P_CAMERA = (0.45, 0.35, 0.20)  # camera clips: one movement, two at once, two segments (ours)
-P_OBJECT_CAMERA_MOVES = 0.2  # object clips whose camera moves too (ours)
-P_SECOND_MOVER = 0.3  # object clips with two moving objects (ours)
-P_DISTANCE = 0.15  # moving objects asked about distance instead of direction (ours)
-P_SPEED = 0.15  # moving objects asked about speed as well (ours)
-P_BOX = 0.15  # moving objects asked about a box as well (ours)
+P_OBJECT = (0.2, 0.3)  # object clips: the camera moves too; two moving objects (ours)
+P_ASKED = (0.15, 0.15, 0.15)  # moving objects: distance instead of direction; a box; speed as well (ours)
 OVERLAYS = (2, 3)  # fewest and most overlays of a moving object, first and last always in (paper: 2 to 5)
 # toy world
 SIZE = 56  # side of a square frame, pixels (ours)
 FRAMES = 8  # frames of a clip (ours)
 SPACINGS = (1.0, 2.0)  # seconds between frames, one drawn per clip (ours)
 HFOV = 70.0  # horizontal field of view, degrees (ours)
-TURN = (18.0, 27.0)  # pan and tilt, degrees (ours)
-ROLL = (25.0, 40.0)  # degrees (ours)
+TURNS = ((18.0, 27.0), (18.0, 27.0), (25.0, 40.0))  # pan, tilt, roll, degrees (ours)
 SLIDE = (0.32, 0.48)  # truck, pedestal and sideways motions, as a share of the depth (ours)
 DOLLY = (0.32, 0.45)  # dolly and motions in depth, as a share of the depth (ours)
 MIN_AREA = 0.03  # least visible area of an object asked about, share of the frame (ours)
@@ -80,7 +76,8 @@ HIDDEN_AREA = 0.005  # below this share of the frame a thing is called hidden (o
 LINES = (20, 90, 165, 235)  # greys of upright viewfinder lines, left to right: so that x can be seen (ours)
 NOISE = 4.0  # standard deviation of the pixel noise, of 255 (ours)
 # real footage
-SEGMENTER = "motion"  # "motion" (crude, needs no masks) | "files": where masks come from (ours)
+SEGMENTER = "motion"  # "motion" (crude, needs no masks) | "files" | "sam3": assets/segment_<this>.py (ours)
+WEIGHTS = "facebook/sam3"  # of a segmenter that has some: their folder, or their name on the hub (gated)
 SAMPLE_FPS = 4.0  # frames a second of videos without indexes.txt (ours; paper: 1)
 WINDOW = 8  # frames of one clip of such a video; longer shots give several that overlap by half (ours)
 MAX_FRAMES = 50  # annotated clips with more frames are skipped (release)
@@ -99,6 +96,7 @@ SEED = 0  # every clip's generator is a function of (SEED, split, number)
 WORKERS = os.cpu_count()  # processes; the files do not depend on it
 
 ASSETS = Path(__file__).resolve().with_name("assets")
+sys.path.append(str(ASSETS))
 PHRASES, WORDS = (json.loads((ASSETS / f"{name}.json").read_text()) for name in ("phrases", "vocabulary"))
 DIRECTIONS, DISTANCES, COLOURS, SHAPES = (WORDS[n] for n in ("direction", "distance", "colour", "shape"))
 MOVES, X_WORDS, Y_WORDS = list(WORDS["move"]), WORDS["x"], WORDS["y"]
@@ -109,10 +107,7 @@ PAIRS = [f"{MOVES[i]} and {MOVES[j]}" for i in range(12) for j in range(12) if i
 VOCABULARY = {name: list(words) for name, words in WORDS.items()} | {"single": MOVES, "pair": PAIRS}
 # a split's place seeds its clips; the last two are those of assets/make_tiny.py
 SPLITS = ["train", "test", "rl_train", "rl_test", "pretrain", "pretrain_test"]
-# 4DRL's names for the columns of DSR-Train's parquet
-DSR_NAMES = {"type": "Type", "question": "Question", "answer": "Correct", "videoID": "video_path"}
 FORMS = ["imagery", "noimage", "verbal"]
-FOLDERS = {"videos": ("", ""), "questions": ("", ""), "spatialvid": ("videos", "annotations")}  # clips, notes
 SPENT = Counter()  # frames decoded and seconds of it, in this process
 
 # ---------------------------------------------------------------- toy world: rays, shapes, light
@@ -237,10 +232,9 @@ def draw_plan(rng, kind):
     one, two = (MOVES[2 * axis + rng.integers(2)] for axis in rng.permutation(6)[:2])
     single, pair = [(0, last, one)], [(0, last, str(rng.choice(PAIRS)))]
     modes = [single, pair, [(0, middle, one), (middle, last, two)], []]
-    moves = P_OBJECT_CAMERA_MOVES
-    shares = {"object": (moves, 0, 0, 1 - moves), "both": (1, 0, 0, 0), "sequence": (0, 0, 1, 0)}
+    shares = {"object": (P_OBJECT[0], 0, 0, 1 - P_OBJECT[0]), "both": (1, 0, 0, 0), "sequence": (0, 0, 1, 0)}
     mode = rng.choice(4, p=shares.get(kind, (*P_CAMERA, 0)))
-    movers = [draw_mover(rng, kind) for _ in range(1 + (kind == "object" and rng.random() < P_SECOND_MOVER))]
+    movers = [draw_mover(rng, kind) for _ in range(1 + (kind == "object" and rng.random() < P_OBJECT[1]))]
     anchor = middle if mode == 2 else last // 2
     return {"kind": kind, "camera": modes[mode], "movers": movers, "anchor": anchor}
 
@@ -249,12 +243,12 @@ def draw_mover(rng, kind):
     """Labels of one moving object, each uniform over its vocabulary; `step`: its way right, up, forward."""
     label = str(rng.choice(list(DIRECTIONS)[: 10 if kind == "both" else 11]))
     ask, speed, chance = ["direction"], "Constant", rng.random(3) if kind == "object" else np.ones(3)
-    if chance[0] < P_DISTANCE:
+    if chance[0] < P_ASKED[0]:
         label = str(rng.choice(list(DISTANCES)))
         sideways = [0, 0] if "First" in label else 0.6 * rng.integers(-1, 2, 2)
         return {"ask": ["distance"], "distance": label, "speed": speed, "step": [*sideways, DISTANCES[label]]}
-    ask += ["box"] if chance[1] < P_BOX else []
-    if chance[2] < P_SPEED and label != "Stationary":
+    ask += ["box"] if chance[1] < P_ASKED[1] else []
+    if chance[2] < P_ASKED[2] and label != "Stationary":
         ask.append("speed")
         speed = str(rng.choice(VOCABULARY["speed"]))
     return {"ask": ask, "direction": label, "speed": speed, "step": DIRECTIONS[label]}
@@ -284,7 +278,7 @@ def draw_look(rng):
 def camera_path(rng, segments, anchor, depth):
     """Segments [(start, end, label)] sized by what is seen at `depth` -> pos (T, 3), rot (T, 3, 3)."""
     rates = np.zeros((FRAMES, 6))  # pan, tilt, roll, dolly, truck, pedestal since the frame before
-    spans = [np.radians(TURN), np.radians(TURN), np.radians(ROLL), DOLLY, SLIDE, SLIDE]
+    spans = [*np.radians(TURNS), DOLLY, SLIDE, SLIDE]
     for start, end, label in segments:
         for move in label.split(" and "):
             axis, is_back = divmod(MOVES.index(move), 2)
@@ -389,7 +383,7 @@ def make_scene(rng, kind):
         if (seen >= np.maximum(least, MIN_AREA * SIZE * SIZE)).all():
             times = (np.arange(FRAMES) * rng.choice(SPACINGS)).tolist()
             return scene | {"frames": frames, "masks": masks, "times": times}
-    sys.exit("No toy clip fits these constants; make MIN_AREA, SLIDE, TURN or DOLLY smaller.")
+    sys.exit("No toy clip fits these constants; make MIN_AREA, SLIDE, TURNS or DOLLY smaller.")
 
 
 # ---------------------------------------------------------------- geometry to labels and words
@@ -614,7 +608,6 @@ def camera_rows(rng, clip):
 def object_rows(rng, clip):
     """The questions each moving thing is to be asked; overlays at the first, last and some frames between."""
     rows, (height, width) = [], clip["frames"].shape[1:3]
-    tags = {"direction": "direct", "distance": "distance", "speed": "speed", "box": "bbox"}
     for number, thing in enumerate(clip["moving"]):
         masks, facts = clip["masks"][thing], clip["facts"][thing]
         shown = [t for t in range(len(masks)) if where(masks[[t]])]
@@ -623,7 +616,7 @@ def object_rows(rng, clip):
             looks = sorted([shown[0], *rng.permutation(shown[1:-1]).tolist()[:count], shown[-1]])
             label = str(mask_box(masks[looks[-1]])) if ask == "box" else facts[ask]
             options = draw_options(rng, ask, label, width, height)
-            name = f"dynamic_{tags[ask]}" + ("_" + thing.replace(" ", "-") if number else "")
+            name = f"dynamic_{WORDS['tags'][ask]}" + ("_" + thing.replace(" ", "-") if number else "")
             if options:
                 rows.append(make_row(rng, clip, f"object_{ask}", thing, looks, options, name))
     return rows
@@ -673,38 +666,39 @@ def list_videos(folder):
 
     The number is a digest of the path inside the folder, so a run goes on although files were added.
     """
-    check(find_spec("decord"), "Videos need decord: pip install decord==0.6.0, or eva-decord on ARM.")
+    check(importlib.util.find_spec("decord"), "Videos need decord: pip install decord, on ARM eva-decord.")
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() == ".mp4")
     check(folder and paths, f"VIDEOS={folder} holds no mp4 file; set VIDEOS to a folder that does.")
     scenes = [str(path.with_name(path.stem.rpartition("_")[0] or path.stem)) for path in paths]
     names = np.random.default_rng(SEED).permutation(sorted(set(scenes))).tolist()
-    check(len(names) > 1, f"VIDEOS={folder} holds one scene only; there must be another to be held out.")
-    held_out = names[: max(1, round(HELD_OUT * len(names)))]
+    held_out = names[: max(1, round(HELD_OUT * len(names)))] if len(names) > 1 else []
     splits = ["test" if scene in held_out else "train" for scene in scenes]
     digests = [hashlib.sha256(str(path.relative_to(folder)).encode()).hexdigest() for path in paths]
-    return [(split, int(digest[:10], 16), str(path)) for split, digest, path in zip(splits, digests, paths)]
+    jobs = [(split, int(digest[:10], 16), str(path)) for split, digest, path in zip(splits, digests, paths)]
+    if not held_out:
+        print(f"VIDEOS={folder} holds one scene only, so nothing is held out: a video is in both splits.")
+        jobs.append(("test", *jobs[0][1:]))
+    return jobs
 
 
-def question_rows(path, jobs):
-    """4DRL rows of the release or DSR-Train about the jobs' videos -> {split: made rows}, {reason: where}.
+def question_rows(jobs):
+    """QUESTIONS of the release or DSR-Train about the jobs' videos -> {split: made rows}, {reason: where}.
 
     A video is known by its name without folders; grpo4d.py takes the frames.
     """
-    check(Path(path).is_file(), f"QUESTIONS={path} is no file; give a jsonl, json or parquet of questions.")
-    videos, items, lost = {Path(video).stem: (split, video) for split, _, video in jobs}, {}, []
-    for number, raw in enumerate(read_table(Path(path)), 1):
-        raw = {DSR_NAMES.get(name, name): raw[name] for name in raw} if isinstance(raw, dict) else {}
+    check(Path(QUESTIONS).is_file(), f"QUESTIONS={QUESTIONS} is no file; give a jsonl, json or parquet.")
+    videos, items = {Path(video).stem: (f"rl_{split}", video) for split, _, video in jobs}, {}
+    for number, raw in enumerate(read_table(Path(QUESTIONS)), 1):
+        raw = {WORDS["dsr_train"].get(name, name): raw[name] for name in raw} if isinstance(raw, dict) else {}
         raw |= zip("ABCDEF", found) if isinstance(found := raw.pop("options", ()), (list, tuple)) else {}
         fine = raw.get("Question") and raw.get("video_path") and raw.get(raw.get("Correct"))
-        check(fine, f"{path}: question {number} is not of 4DRL or DSR-Train: no text, video or right option.")
+        check(fine, f"{QUESTIONS}: question {number} lacks its text, its video's name or its right option.")
         name = Path(raw["video_path"]).name.removesuffix(".mp4")
-        split, video = videos.get(name, ("", ""))
-        raw |= {"video_path": os.path.relpath(video or name, OUT), "id": f"{name}_{number}", "clip": name}
-        if video:
-            items.setdefault(f"rl_{split}", []).append({"row": raw, "label": raw["Correct"]})
-        else:
-            lost.append(name)
-    check(items, f"QUESTIONS={path} asks about no video in VIDEOS={VIDEOS}; set VIDEOS to their folder.")
+        split, video = videos.get(name, ("", name))
+        raw |= {"video_path": os.path.relpath(video, OUT), "id": f"{name}_{number}", "clip": name}
+        items.setdefault(split, []).append({"row": raw, "label": raw["Correct"]})
+    lost = [item["row"]["clip"] for item in items.pop("", [])]
+    check(items, f"QUESTIONS={QUESTIONS} asks about no video in VIDEOS={VIDEOS}; set VIDEOS to their folder.")
     return items, {"questions are about videos that are not in VIDEOS": lost} if lost else {}
 
 
@@ -740,61 +734,6 @@ def windows(frames):
     cuts = np.flatnonzero(np.abs(np.diff(frames.mean(-1), axis=0)).mean((1, 2)) > MAX_JUMP) + 1
     shots = [shot for shot in np.split(np.arange(len(frames)), cuts) if len(shot) > 3]
     return [shot[i : i + WINDOW] for shot in shots for i in range(0, max(1, len(shot) - half), half)]
-
-
-def file_masks(frames, phrase, files):
-    """A mask image for each of the frames (T, H, W, 3) -> masks (T, H, W); one that is not there is empty."""
-    masks = np.zeros(frames.shape[:3], bool)
-    for number, path in enumerate(files):
-        if path.exists():
-            masks[number] = np.asarray(Image.open(path).convert("L").resize(masks.shape[:0:-1])) > 127
-    return masks
-
-
-def global_shifts(grey):
-    """grey (T, H, W) -> shifts y, x (T, 2) of the picture since the first frame.
-
-    The median over 3 x 3 blocks of the phase correlation's peak with the frame before: one thing has no say.
-    """
-    size, steps = np.array(grey.shape[1:]) // 3, []
-    for y, x in np.ndindex(3, 3):
-        block = grey[:, y * size[0] : (y + 1) * size[0], x * size[1] : (x + 1) * size[1]]
-        spectra = np.fft.rfft2((block - block.mean((1, 2), keepdims=True)) * np.outer(*map(np.hanning, size)))
-        cross = spectra[1:] * spectra[:-1].conj()
-        peaks = np.fft.irfft2(cross / (np.abs(cross) + 1e-6), s=size).reshape(len(grey) - 1, -1).argmax(1)
-        steps.append((np.stack(np.unravel_index(peaks, size), -1) + size // 2) % size - size // 2)
-    return np.concatenate([np.zeros((1, 2), int), np.cumsum(np.median(steps, 0), 0).astype(int)])
-
-
-def largest_regions(masks):
-    """masks (T, H, W) -> the largest 4-connected region of each: pixels take the largest number around."""
-    numbers, last = np.where(masks, np.arange(1, masks.size + 1).reshape(masks.shape), 0), None
-    while last is None or (numbers != last).any():
-        last, pad = numbers, np.pad(numbers, ((0, 0), (1, 1), (1, 1)))
-        around = [last, pad[:, 2:, 1:-1], pad[:, :-2, 1:-1], pad[:, 1:-1, 2:], pad[:, 1:-1, :-2]]
-        numbers = np.where(masks, np.max(around, 0), 0)
-    largest = [np.bincount(frame[frame > 0], minlength=1).argmax() for frame in numbers]
-    return masks & (numbers == np.array(largest)[:, None, None])
-
-
-def motion_masks(frames, phrase, files):
-    """Frames (T, H, W, 3) -> masks (T, H, W) of what moves most; empty if its size is not steady.
-
-    Difference to the median over time once the global shift is removed, blurred; largest region of a frame.
-    Crude: of a thing that moves less than its own width only the edges are found.
-    """
-    grey = frames.mean(-1)
-    shifts = global_shifts(grey)
-    still = np.stack([np.roll(frame, tuple(-shift), (0, 1)) for frame, shift in zip(grey, shifts)])
-    change = np.abs(still - np.median(still, 0)).astype(np.uint8)
-    blurred = np.stack([Image.fromarray(frame).filter(ImageFilter.BoxBlur(3)) for frame in change])
-    moving = blurred > np.maximum(8, 0.4 * blurred.max((1, 2), keepdims=True))
-    masks = largest_regions(np.stack([np.roll(m, tuple(shift), (0, 1)) for m, shift in zip(moving, shifts)]))
-    return masks & consistent(masks).all()
-
-
-# another one: a function of frames (T, H, W, 3), phrase, mask files -> masks (T, H, W)
-SEGMENTERS = {"files": file_masks, "motion": motion_masks}
 
 
 def consistent(masks):
@@ -867,14 +806,16 @@ def real_clip(clip, notes, folder, start):
     """Adds what is asked about to a clip: things, masks, facts, camera segments with evidence -> reasons."""
     clip |= {"static": [], "moving": [], "masks": {}, "camera": [], "evidence": {}}
     frames, names, reasons = clip["frames"], notes.get("objects", {}), Counter()
+    segmenter = importlib.import_module(f"segment_{SEGMENTER}")
+    names = names if len({*names.values()}) == len(names) else {}  # one name for two objects is none
     # motion finds no landmarks, so there are no questions about the camera
     segments = [] if SEGMENTER == "motion" else camera_segments(notes.get("instructions", {}), len(frames))
     if SEGMENTER == "motion" and "poses" not in notes:
-        notes = notes | {"shifts": global_shifts(frames.mean(-1))}
+        notes = notes | {"shifts": segmenter.global_shifts(frames.mean(-1))}
     for kind, role in (("moving", "dynamic"), ("static", "static"))[: 2 if segments else 1]:
         phrase = names.get(f"{role}_object") or f"{kind} object"
         files = [folder / f"masks_{role}" / f"frame_{start + n:04d}.png" for n in range(len(frames))]
-        masks = SEGMENTERS[SEGMENTER](frames, phrase, files)
+        masks = segmenter.masks(frames, phrase, files, WEIGHTS)
         masks &= consistent(masks)[:, None, None]
         if masks.any((1, 2)).sum() < 2:
             reasons[f"clips show no consistent {role} object in two frames (Eq. 2)"] += 1
@@ -917,8 +858,8 @@ def toy_clip(split, number, make=None):
 
 def video_clips(name, number, path):
     """A video -> [(clip, rows)] of its windows, why others are left out; unreadable ones are a reason."""
-    inside, made, dropped = Path(path).relative_to(Path(VIDEOS, FOLDERS[SOURCE][0])), [], Counter()
-    folder = Path(VIDEOS, FOLDERS[SOURCE][1], inside.with_suffix(""))
+    inside, made, dropped = Path(path).relative_to(Path(VIDEOS, WORDS["folders"][SOURCE][0])), [], Counter()
+    folder = Path(VIDEOS, WORDS["folders"][SOURCE][1], inside.with_suffix(""))
     try:
         notes = read_notes(folder)
         frames, times = read_video(path, notes.get("indexes"))
@@ -930,7 +871,8 @@ def video_clips(name, number, path):
             dropped += real_clip(clip, notes, folder, part[0])
             rng = np.random.default_rng([SEED, number, part[0]])
             rows, bad = accept(lambda *how: camera_rows(*how) + object_rows(*how), rng, clip)
-            made.append((clip, [item | {"row": item["row"] | {"video": str(inside)}} for item in rows]))
+            items = [item | {"row": item["row"] | {"video": str(inside)}} for item in rows]
+            made.append((clip, items))
             dropped += bad
     except Exception as error:  # decord raises many kinds; each means that these files cannot be used
         return [], {f"clips are unreadable ({type(error).__name__})": 1}
@@ -995,22 +937,18 @@ def start_worker(settings):
     """Gives a worker process the constants of the command line, and ends it when its parent is killed."""
     globals().update(settings)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which lets clips be finished
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    """Ends this process as soon as the one that started it is gone."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
 
 
 def list_jobs():
     """[(split, number, path of the video or "")] to make; exits on a choice that does not exist."""
-    choices = {"SOURCE": ("toy", *FOLDERS), "COT": ("all", *FORMS), "SEGMENTER": SEGMENTERS}
+    choices = {"SOURCE": ("toy", *WORDS["folders"])}
+    choices["SEGMENTER"] = sorted(path.stem.removeprefix("segment_") for path in ASSETS.glob("segment_*.py"))
     for name, known in choices.items():
         check(globals()[name] in known, f"{name}={globals()[name]} is not one of {', '.join(known)}.")
     if SOURCE != "toy":
-        return list_videos(VIDEOS and Path(VIDEOS, FOLDERS[SOURCE][0]))
+        return list_videos(VIDEOS and Path(VIDEOS, WORDS["folders"][SOURCE][0]))
     counts = [TRAIN_CLIPS, TEST_CLIPS, RL_TRAIN_CLIPS, RL_TEST_CLIPS]
     return [(split, number, "") for split, count in zip(SPLITS, counts) for number in range(count)]
 
@@ -1052,8 +990,7 @@ def write_files(out, items, dropped, constants):
         print(f"\ndropped: {len(names)} {reason}, such as {', '.join(names[:3])}", end="")
     for split, rows in items.items():
         check(rows, f"There are no rows for the split {split}; use more videos or another HELD_OUT or SEED.")
-        forms = [form for form in FORMS if COT in ("all", form)] if split in ("train", "test") else [""]
-        for form in forms:
+        for form in FORMS if split in ("train", "test") else [""]:
             path = out / f"{split}{'_' if form else ''}{form}.jsonl"
             path.write_text("".join(json.dumps(final_row(item, form)) + "\n" for item in rows))
         kinds = [item["row"].get("subtask", item["row"].get("Type")) for item in rows]
@@ -1067,15 +1004,14 @@ def write_files(out, items, dropped, constants):
 # under torchrun the first process does it all
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     settings = {key: value for key, value in set_constants(globals()).items() if not isinstance(value, list)}
-    recorded = {name: value for name, value in settings.items() if name not in ("OUT", "WORKERS")}
+    free = "OUT WORKERS".split()  # these change no row
+    recorded = {name: value for name, value in settings.items() if name not in free}
     out, begun, jobs = Path(OUT), time.time(), list_jobs()
     if open_folder(out, recorded):
         print(f"{out} is finished already, made with these very constants.")
         sys.exit(0)
-    if SOURCE == "questions":
-        items, dropped = question_rows(QUESTIONS, jobs)
-    else:
-        items, dropped = run_jobs(jobs, work, start_worker, [settings])
+    asked = SOURCE == "questions"
+    items, dropped = question_rows(jobs) if asked else run_jobs(jobs, work, start_worker, [settings])
     print(f"\ndecoded: {SPENT['frames'] / (SPENT['seconds'] or 1):.0f} frames/s/worker" * bool(SPENT), end="")
     write_files(out, items, dropped, recorded)
     print(f"\n{out} is ready after {time.time() - begun:.0f} s.")

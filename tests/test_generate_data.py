@@ -411,10 +411,10 @@ def test_files_are_read_by_the_other_stages(folder):
 def test_boxes_are_pixels_of_the_stored_frames(monkeypatch, tmp_path):
     """The answer's box bounds what the last overlay reddens, in files."""
     words = ["TRAIN_CLIPS=8", "TEST_CLIPS=1", "RL_TRAIN_CLIPS=1", "RL_TEST_CLIPS=1"]
-    words += ["P_BOX=1.0", "P_DISTANCE=0.0", "P_OBJECT_CLIP=1.0", "COT=imagery", "WORKERS=1", "SIZE=84"]
+    words += ["P_ASKED=(0.0, 1.0, 0.15)", "P_OBJECT_CLIP=1.0", "WORKERS=1", "SIZE=84"]
     out = generate(monkeypatch, tmp_path / "boxes", *words)
     rows = [row for row in rows_of(out / "train_imagery.jsonl") if row["subtask"] == "object_box"]
-    assert len(rows) >= 5 and not (out / "train_verbal.jsonl").exists()
+    assert len(rows) >= 5
     for row in rows:
         number = int(row["image_output"][-1][-8:-4])
         frame, marked = (
@@ -482,7 +482,7 @@ def test_finished_and_foreign_folders_are_named(folder, monkeypatch, tmp_path, c
     wrong = {
         "another SEED": (folder, *FEW, "SEED=1"),
         "something else": (tmp_path, *FEW),
-        "COT=words is not one of": (tmp_path / "a", "COT=words"),
+        "SOURCE=words is not one of": (tmp_path / "a", "SOURCE=words"),
         "holds no mp4": (tmp_path / "a", "SOURCE=videos", f"VIDEOS={tmp_path / 'empty'}"),
         "holds no mp4 ": (tmp_path / "a", "SOURCE=videos"),
         "TRAIN_CLIPS": (tmp_path / "a", "TRAIN_CLIP=3"),

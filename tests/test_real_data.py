@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, one_thread, refused, run_script
+from helpers import ROOT, one_thread, run_script
 from PIL import Image
 
 import generate_data as gd
+import segment_files
+import segment_motion
 from model import read_rows
 
 FLIP = np.array([1, -1, 1])  # our axes are right, up, forward; OpenCV's are right, down, forward
@@ -181,7 +183,7 @@ def test_mask_images_are_read_at_the_size_of_the_frames(tmp_path):
     mask[:30, :40] = 255
     Image.fromarray(mask).save(tmp_path / "frame_0001.png")
     files = [tmp_path / f"frame_{number:04d}.png" for number in range(3)]
-    masks = gd.file_masks(np.zeros((3, 30, 40, 3), np.uint8), "", files)
+    masks = segment_files.masks(np.zeros((3, 30, 40, 3), np.uint8), "", files, "")
     assert masks.shape == (3, 30, 40) and not masks[[0, 2]].any()
     assert masks[1, :15, :20].all() and masks[1].sum() == 300
 
@@ -469,7 +471,7 @@ def moving_square(step_x, step_y, shift, count=16, seed=0):
 def test_motion_masks_follow_the_square_and_the_background():
     """The largest region is the square, the shift is that of the background."""
     frames = moving_square(8, 0, 2, count=8)
-    masks, shifts = gd.motion_masks(frames, "", []), gd.global_shifts(frames.mean(-1))
+    masks, shifts = segment_motion.masks(frames, "", [], ""), segment_motion.global_shifts(frames.mean(-1))
     assert shifts[:, 1].tolist() == [2 * t for t in range(8)] and not shifts[:, 0].any()
     for t in (0, 7):
         x, y, area = gd.where(masks[[t]])
@@ -479,16 +481,21 @@ def test_motion_masks_follow_the_square_and_the_background():
 def test_largest_regions_are_connected():
     """A worked example: the region of 3 pixels is kept, a diagonal neighbour is another region."""
     mask = np.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]], bool)[None]
-    assert gd.largest_regions(mask)[0].astype(int).tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
-    assert not gd.largest_regions(mask & False).any()
+    assert segment_motion.largest_regions(mask)[0].astype(int).tolist() == [
+        [1, 1, 0, 0],
+        [0, 1, 0, 0],
+        [0, 0, 0, 0],
+    ]
+    assert not segment_motion.largest_regions(mask & False).any()
 
 
-def test_a_region_that_jumps_in_size_is_no_object():
+def test_a_region_that_jumps_in_size_is_no_object(monkeypatch, tmp_path):
     """The square for three frames, half the picture in the fourth: no mask at all, not three of four."""
-    frames = moving_square(8, 0, 0, count=8)
-    assert gd.motion_masks(frames, "", []).any((1, 2)).all()
-    frames[3, :, 80:] = 255
-    assert not gd.motion_masks(frames, "", []).any()
+    monkeypatch.setattr(gd, "SEGMENTER", "motion")
+    clip = {"frames": moving_square(8, 0, 0, count=8)}
+    assert not gd.real_clip(clip, {}, tmp_path, 0) and clip["masks"]["moving object"].any((1, 2)).all()
+    clip["frames"][3, :, 80:] = 255
+    assert gd.real_clip(clip, {}, tmp_path, 0) and not clip["moving"]
 
 
 def test_windows_stay_inside_a_shot():
@@ -538,7 +545,9 @@ def test_motion_finds_objects_in_plain_videos(monkeypatch, tmp_path, capsys):
 def test_motion_takes_the_camera_out_by_poses_where_there_are_any(monkeypatch, tmp_path):
     """SEGMENTER="motion" with poses: object questions alone, since it finds no landmarks."""
     called = []
-    monkeypatch.setattr(gd, "global_shifts", lambda grey: called.append(1) or np.zeros((len(grey), 2), int))
+    monkeypatch.setattr(
+        segment_motion, "global_shifts", lambda grey: called.append(1) or np.zeros((len(grey), 2), int)
+    )
     clip = {"frames": moving_square(8, 0, 0, count=8)}
     monkeypatch.setattr(gd, "SEGMENTER", "motion")
     poses = np.tile([0, 0, 0, 0, 0, 0, 1.0], (8, 1))
@@ -557,7 +566,29 @@ def test_scenes_share_a_split(tmp_path):
     (tmp_path / "ant.mp4").touch()
     numbers = {path: number for _, number, path in gd.list_videos(tmp_path)}
     assert all(numbers[path] == number for _, number, path in jobs)  # a file more renames no clip
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    (alone / "car_1.mp4").touch()
-    refused(lambda: gd.list_videos(alone), "one scene only")
+
+
+def test_one_scene_is_held_out_from_itself_and_said_so(tmp_path, capsys):
+    """A folder of one scene: its first video is in both splits, and the run says what that means."""
+    for name in ("car_1.mp4", "car_2.mp4"):
+        (tmp_path / name).touch()
+    jobs = gd.list_videos(tmp_path)
+    assert [(split, Path(path).stem) for split, _, path in jobs] == [
+        ("train", "car_1"),
+        ("train", "car_2"),
+        ("test", "car_1"),
+    ]
+    assert "one scene only" in capsys.readouterr().out
+
+
+def test_one_name_for_two_objects_mixes_no_masks(clips, monkeypatch, tmp_path):
+    """objects.json names both "red thing": the moving object's overlays still show the moving object."""
+    clip = next(clip for clip in clips if clip["static"] and clip["moving"] and clip["camera"])
+    notes = notes_of(clip)
+    folder = write_clip(tmp_path, "a", clip, notes)
+    names = {"static_object": "red thing", "dynamic_object": "red thing"}
+    made = {"frames": clip["frames"]}
+    gd.real_clip(made, notes | {"objects": names}, folder, 0)
+    for kind in ("static", "moving"):
+        truth = clip["masks"][clip[kind][0]]
+        assert (made["masks"][made[kind][0]] & ~truth).sum() == 0
