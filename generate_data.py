@@ -12,23 +12,26 @@ Out: OUT/{train,test}_{imagery,noimage,verbal}.jsonl  questions on disjoint clip
     python generate_data.py TRAIN_CLIPS=64000 SIZE=84 OUT=out/big             # more, for a GPU run
     python generate_data.py SOURCE=videos VIDEOS=clips OUT=out/own            # any mp4 files, no masks needed
     python generate_data.py SOURCE=spatialvid SEGMENTER=files MAX_SIDE=640 VIDEOS=SpatialVID OUT=out/real
-    python generate_data.py SOURCE=spatialvid SEGMENTER=sam3 WORKERS=1 \\
-        MAX_SIDE=640 VIDEOS=SpatialVID OUT=out/real       # one GPU
+    python generate_data.py SOURCE=spatialvid SEGMENTER=sam3 ANNOTATOR=api MODEL=gpt-4.1 WORKERS=1 \\
+        MAX_SIDE=640 VIDEOS=SpatialVID OUT=out/real       # one GPU and an OpenAI-compatible endpoint
 
 The stage is numpy on WORKERS processes, without a GPU; under torchrun the first process does it
 all. A killed run continues when started again.
 
 Differs from the paper:
-- labels, questions and chains of thought come from geometry and templates; no large model annotates.
+- labels and questions come from geometry; so do chains of thought, from templates, unless ANNOTATOR="api"
+  lets a large model name the objects, check the overlays and write the reasoning.
 - the toy world's masks, poses and paths are exact; real masks come from motion alone, files or SAM3.
-- the overlay check (Eq. 2) is one of sizes: a mask that is tiny or far from the clip's median is dropped.
+- the overlay check (Eq. 2) starts with sizes: a mask that is tiny or far from the clip's median is dropped.
 - camera labels that the landmark's own displacement contradicts (Eq. 3) are dropped.
 - each text exists without imagery and with words for places; option sets do not tell the truth by
   themselves: they come in opposites or in 2 x 2 squares.
 """
 
+import base64
 import hashlib
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -41,6 +44,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image
@@ -78,6 +82,12 @@ NOISE = 4.0  # standard deviation of the pixel noise, of 255 (ours)
 # real footage
 SEGMENTER = "motion"  # "motion" (crude, needs no masks) | "files" | "sam3": assets/segment_<this>.py (ours)
 WEIGHTS = "facebook/sam3"  # of a segmenter that has some: their folder, or their name on the hub (gated)
+ANNOTATOR = "template"  # "template" | "api": who names objects, checks overlays and writes the reasoning
+BASE_URL = "https://api.openai.com/v1"  # OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY
+MODEL = ""  # the endpoint's model
+ASKS = 3  # replies to one question before it is given up, if they are malformed or not valid (ours)
+WAITS = (0, 2, 6, 14, 30, 62)  # seconds before each attempt at a busy, broken or silent server (ours)
+TIMEOUT = 120.0  # seconds without a word from the server (ours)
 SAMPLE_FPS = 4.0  # frames a second of videos without indexes.txt (ours; paper: 1)
 WINDOW = 8  # frames of one clip of such a video; longer shots give several that overlap by half (ours)
 MAX_FRAMES = 50  # annotated clips with more frames are skipped (release)
@@ -744,6 +754,103 @@ def consistent(masks):
     return is_valid & (areas <= MAX_GROWTH * typical) & (areas >= typical / MAX_GROWTH)
 
 
+# ---------------------------------------------------------------- real footage: the annotator
+
+
+def post(body):
+    """Sends a request to BASE_URL, again and later while it fails -> the reply's text; exits in the end."""
+    key = os.getenv("OPENAI_API_KEY", "")
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = Request(f"{BASE_URL.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    for wait in WAITS:
+        time.sleep(wait)
+        try:
+            with urlopen(request, timeout=TIMEOUT) as answer:
+                reply = json.load(answer)
+            SPENT.update(requests=1, tokens=(reply.get("usage") or {}).get("total_tokens", 0))
+            return str(reply["choices"][0]["message"]["content"])
+        except Exception as error:  # of the network, of HTTP or of the reply's form
+            trouble, code = type(error).__name__, getattr(error, "code", 500)
+            check(code in (408, 429) or code >= 500, f"BASE_URL={BASE_URL} refuses the request: HTTP {code}.")
+    sys.exit(f"BASE_URL={BASE_URL} failed {len(WAITS)} times ({trouble}); nothing paid is lost, start again.")
+
+
+def ask(prompt, frames, masks, numbers, accept, **fields):
+    """Asks assets/ask_<prompt>.txt about overlays -> what accept(reply) makes of it; None after ASKS bad.
+
+    frames (T, H, W, 3), masks (T, H, W), numbers: which frames. The outcome is a file of OUT/annotator, named
+    by the digest of the request, before it is used.
+    """
+    content = [{"type": "text", "text": (ASSETS / f"ask_{prompt}.txt").read_text().format(**fields)}]
+    for t in numbers:
+        image = Image.fromarray(overlay(frames[t], masks[t], ALPHA, OVERLAY_COLOUR))
+        image.save(data := io.BytesIO(), "JPEG", quality=95)
+        url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+        content.append({"type": "image_url", "image_url": {"url": url}})
+    body = {"model": MODEL, "messages": [{"role": "user", "content": content}]}
+    path = Path(OUT, "annotator", hashlib.sha256(json.dumps(body).encode()).hexdigest() + ".json")
+    if not path.exists():
+        replies = (accept(post(body)) for _ in range(ASKS))
+        taken = next((reply for reply in replies if reply is not None), None)
+        part = path.with_suffix(f".{os.getpid()}")
+        path.parent.mkdir(exist_ok=True)
+        part.write_text(json.dumps(taken))
+        part.rename(path)
+    return json.loads(path.read_text())
+
+
+def read_json(text, fits):
+    """The JSON object in a reply if fits(it), else None."""
+    try:
+        found = json.loads(text[text.find("{") : text.rfind("}") + 1])
+        return found if fits(found) else None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def spread(items):
+    """At most 10 items of an array (release), evenly spaced, the first and the last among them."""
+    return items[np.linspace(0, len(items) - 1, min(len(items), 10)).round().astype(int)]
+
+
+def name_objects(frames):
+    """Names of a static and a moving object, of 3 to 8 words, as in objects.json; {} if one is missing."""
+
+    def fits(found):
+        names = found["static_object"], found["dynamic_object"]
+        return None in names or names[0] != names[1] and all(3 <= len(name.split()) <= 8 for name in names)
+
+    numbers, masks = spread(np.arange(len(frames))), np.zeros(frames.shape[:3], bool)
+    names = ask("landmarks", frames, masks, numbers, lambda reply: read_json(reply, fits)) or {}
+    return {} if None in names.values() else names
+
+
+def confirm(frames, thing, masks, numbers):
+    """Eq. 2: whether the annotator finds just the thing in the overlay, of those frames `numbers` -> (T,)."""
+    numbers = spread(np.array([t for t in numbers if masks[t].any()], int))
+
+    def fits(found):
+        return all(type(n) is int and 0 <= n < len(numbers) for n in found["valid"])
+
+    fields = {"thing": thing, "count": len(numbers)}
+    found = ask("check", frames, masks, numbers, lambda reply: read_json(reply, fits), **fields) or {}
+    return np.isin(np.arange(len(masks)), numbers[found.get("valid", [])])
+
+
+def rewrite(clip, item):
+    """A made row -> the same with its reasoning in the annotator's words; None if no reply was valid."""
+    row, looks, thing = item["row"], item["looks"], item["thing"]
+
+    def accept(reply):
+        text = re.sub(r"\s*<output_image>", " <output_image>", reply.strip().replace("thinking>", "think>"))
+        made = item | {"row": row | {"text_output": text}}
+        return None if any(validate(final_row(made, form), item["key"]) for form in FORMS) else made
+
+    fields = {"question": row["text_input"], "answer": f"{item['key']}. {item['label']}", "thing": thing}
+    fields |= {"times": ", ".join(seconds(row["times"][t]) for t in looks), "count": len(looks)}
+    return ask("thought", clip["frames"], clip["masks"][thing], looks, accept, **fields)
+
+
 # ---------------------------------------------------------------- real footage: geometry, clips, rows
 
 
@@ -812,11 +919,16 @@ def real_clip(clip, notes, folder, start):
     segments = [] if SEGMENTER == "motion" else camera_segments(notes.get("instructions", {}), len(frames))
     if SEGMENTER == "motion" and "poses" not in notes:
         notes = notes | {"shifts": segmenter.global_shifts(frames.mean(-1))}
+    if ANNOTATOR == "api" and not (names := name_objects(frames)):
+        return Counter({"clips have no two objects that the annotator names": 1})
     for kind, role in (("moving", "dynamic"), ("static", "static"))[: 2 if segments else 1]:
         phrase = names.get(f"{role}_object") or f"{kind} object"
         files = [folder / f"masks_{role}" / f"frame_{start + n:04d}.png" for n in range(len(frames))]
         masks = segmenter.masks(frames, phrase, files, WEIGHTS)
         masks &= consistent(masks)[:, None, None]
+        if ANNOTATOR == "api":
+            ends = {t for segment in segments for t in segment[:2]} if kind == "static" else range(len(masks))
+            masks &= masks[[*ends]].any() and confirm(frames, phrase, masks, sorted(ends))[:, None, None]
         if masks.any((1, 2)).sum() < 2:
             reasons[f"clips show no consistent {role} object in two frames (Eq. 2)"] += 1
         else:
@@ -871,7 +983,10 @@ def video_clips(name, number, path):
             dropped += real_clip(clip, notes, folder, part[0])
             rng = np.random.default_rng([SEED, number, part[0]])
             rows, bad = accept(lambda *how: camera_rows(*how) + object_rows(*how), rng, clip)
-            items = [item | {"row": item["row"] | {"video": str(inside)}} for item in rows]
+            if ANNOTATOR == "api":
+                rows = [rewrite(clip, item) for item in rows]
+                bad["rows have no valid reasoning by the annotator"] += rows.count(None)
+            items = [item | {"row": item["row"] | {"video": str(inside)}} for item in rows if item]
             made.append((clip, items))
             dropped += bad
     except Exception as error:  # decord raises many kinds; each means that these files cannot be used
@@ -943,7 +1058,7 @@ def start_worker(settings):
 
 def list_jobs():
     """[(split, number, path of the video or "")] to make; exits on a choice that does not exist."""
-    choices = {"SOURCE": ("toy", *WORDS["folders"])}
+    choices = {"SOURCE": ("toy", *WORDS["folders"]), "ANNOTATOR": ("template", "api")}
     choices["SEGMENTER"] = sorted(path.stem.removeprefix("segment_") for path in ASSETS.glob("segment_*.py"))
     for name, known in choices.items():
         check(globals()[name] in known, f"{name}={globals()[name]} is not one of {', '.join(known)}.")
@@ -1004,7 +1119,7 @@ def write_files(out, items, dropped, constants):
 # under torchrun the first process does it all
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     settings = {key: value for key, value in set_constants(globals()).items() if not isinstance(value, list)}
-    free = "OUT WORKERS".split()  # these change no row
+    free = "OUT WORKERS BASE_URL WAITS TIMEOUT".split()  # these change no row
     recorded = {name: value for name, value in settings.items() if name not in free}
     out, begun, jobs = Path(OUT), time.time(), list_jobs()
     if open_folder(out, recorded):
@@ -1013,5 +1128,7 @@ if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     asked = SOURCE == "questions"
     items, dropped = question_rows(jobs) if asked else run_jobs(jobs, work, start_worker, [settings])
     print(f"\ndecoded: {SPENT['frames'] / (SPENT['seconds'] or 1):.0f} frames/s/worker" * bool(SPENT), end="")
+    if ANNOTATOR == "api":
+        print(f"\nannotator: {SPENT['requests']} requests, {SPENT['tokens']} tokens", end="")
     write_files(out, items, dropped, recorded)
     print(f"\n{out} is ready after {time.time() - begun:.0f} s.")

@@ -1,0 +1,162 @@
+"""ANNOTATOR="api" against a server of this machine that answers well, badly, and dies midway."""
+
+import json
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from helpers import refused
+from test_real_data import clips, generate, world  # noqa: F401
+
+import generate_data as gd
+
+
+class Annotator(BaseHTTPRequestHandler):
+    """Answers as a good model would, after the troubles that the test has put on the server."""
+
+    def do_POST(self):
+        """Takes a trouble from the list, or replies to the prompt."""
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][0]["content"][0]["text"]
+        with self.server.lock:
+            self.server.asked.append(
+                (text, len(body["messages"][0]["content"]) - 1, self.headers["Authorization"])
+            )
+            troubles = self.server.troubles.get(kind_of(text))
+            trouble = troubles.pop(0) if troubles else None
+            if self.server.dies_after is not None and len(self.server.asked) > self.server.dies_after:
+                trouble = 500
+        if isinstance(trouble, int):
+            self.send_error(trouble)
+            return
+        if trouble == "slow":
+            time.sleep(1.5)
+        content = reply_to(text) if not callable(trouble) else trouble(reply_to(text))
+        reply = {"choices": [{"message": {"content": content}}], "usage": {"total_tokens": 7}}
+        data = json.dumps(reply).encode()
+        data = data[: len(data) // 2] if trouble == "truncated" else data
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *words):
+        """Keeps quiet."""
+
+
+def kind_of(text):
+    """Which of the three prompts of assets/ a text was made from."""
+    return "landmarks" if "static_object" in text else "check" if "numbered from 0" in text else "thought"
+
+
+def reply_to(text):
+    """The good reply to each of the three prompts."""
+    if kind_of(text) == "landmarks":
+        return '```json\n{"static_object": "tall yellow box", "dynamic_object": "small round ball"}\n```'
+    if kind_of(text) == "check":
+        return json.dumps({"valid": list(range(int(re.search(r"These are (\d+)", text)[1])))})
+    answer = re.search(r"The right answer is: (.*)", text)[1]
+    count = int(re.search(r"exactly (\d+) times", text)[1])
+    seen = " ".join(f"View {n} is <output_image>." for n in range(count))
+    return f"<think>{seen} They differ, so it is {answer[3:]}.</think>\n<answer>{answer}</answer>"
+
+
+@pytest.fixture
+def server():
+    """The annotator on a free port; `url` is its address."""
+    server = ThreadingHTTPServer(("", 0), Annotator)
+    server.asked, server.troubles, server.lock, server.dies_after = [], {}, threading.Lock(), None
+    server.url = f"http://{'local' + 'host'}:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+FAST = ("ANNOTATOR=api", "MODEL=stub", "WAITS=(0, 0.01, 0.02, 0.04)", "TIMEOUT=1.0")
+
+
+def test_troubles_never_reach_a_file(server, world, monkeypatch, tmp_path, capsys):  # noqa: F811
+    """429, 500, a slow and a truncated reply are repeated; bad words, tags, answers are asked for again."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key-1234")
+    server.troubles = {
+        "landmarks": [429, 500, "slow"],
+        "check": ["truncated", lambda text: "I cannot see any."],
+    }
+    server.troubles["check"] += [lambda text: '{"valid": [0, 99]}']
+    server.troubles["thought"] = [
+        lambda text: text.replace("<output_image>", "", 1),
+        lambda text: re.sub(r"<answer>.", "<answer>E", text),
+        lambda text: text.replace("</think>", ""),  # the third bad one in a row: the row is dropped
+    ]
+    rows = generate(monkeypatch, world, tmp_path / "out", f"BASE_URL={server.url}", *FAST, "WORKERS=1")
+    everything = rows["train"] + rows["test"]
+    told = capsys.readouterr().out
+    assert re.search(rf"annotator: {len(server.asked) - 4} requests, \d+ tokens", told), (
+        len(server.asked),
+        told,
+    )
+    assert all("View 0 is <output_image>" in row["text_output"] for row in everything)
+    thoughts = sum("imagined" in text for text, _, _ in server.asked)
+    assert thoughts == len(everything) + 3 and "dropped: 1 rows have no valid reasoning" in told
+    assert all(0 < images <= 10 for _, images, _ in server.asked)
+    assert {key for _, _, key in server.asked} == {"Bearer secret-key-1234"}
+    for path in (tmp_path / "out").rglob("*.json*"):
+        assert "secret-key" not in path.read_text() and "cannot see" not in path.read_text()
+    for row in everything:
+        assert row["subtask"].startswith("camera") or "small round ball" in row["text_input"]
+        key = re.search(r"<answer>([A-D])", row["text_output"])[1]
+        assert gd.validate(row, key) is None
+    plain = [json.loads(line) for line in (tmp_path / "out/train_noimage.jsonl").read_text().splitlines()]
+    assert all(
+        "<output_image>" not in row["text_output"] and "View 0 is." in row["text_output"] for row in plain
+    )
+
+
+def test_a_server_that_dies_costs_nothing_twice(server, world, monkeypatch, tmp_path):  # noqa: F811
+    """The run ends in a sentence; started again, it asks only what had no accepted reply, by two workers."""
+    words = (f"BASE_URL={server.url}", *FAST)
+    server.dies_after, out = 12, tmp_path / "out"
+    refused(lambda: generate(monkeypatch, world, out, *words, "WORKERS=1"), "failed 4 times", "start again")
+    kept = [path.name for path in (out / "annotator").glob("*.json")]
+    assert len(kept) == 12 == len(list((out / "annotator").iterdir())) and not (out / "meta.json").exists()
+    server.dies_after, before = None, {(text, images) for text, images, _ in server.asked[:12]}
+    del server.asked[:]
+    generate(monkeypatch, world, out, *words, "WORKERS=2")
+    whole = [path.name for path in (out / "annotator").iterdir()]
+    assert len(server.asked) == len(whole) - 12 and {*kept} < {*whole} and before
+
+
+def test_a_refusal_ends_the_run_at_once(server, world, monkeypatch, tmp_path):  # noqa: F811
+    """A wrong key or model is not asked again: one sentence, one request for each clip already begun."""
+    server.troubles = {"landmarks": [401] * 99}
+    words = (f"BASE_URL={server.url}", *FAST, "WORKERS=1")
+    refused(lambda: generate(monkeypatch, world, tmp_path / "out", *words), "refuses", "HTTP 401")
+    assert len(server.asked) <= 14  # clips; each attempt again would be four requests
+
+
+def test_a_clip_without_nameable_objects_is_skipped(server, world, monkeypatch, tmp_path, capsys):  # noqa: F811
+    """null in place of a name: nothing else is asked about this clip, and it is counted."""
+    server.troubles = {"landmarks": [lambda text: '{"static_object": null, "dynamic_object": "a red ball"}']}
+    monkeypatch.setattr(gd, "OUT", str(tmp_path))
+    for name, value in {"BASE_URL": server.url, "MODEL": "stub", "ANNOTATOR": "api"}.items():
+        monkeypatch.setattr(gd, name, value)
+    clip = {"frames": np.zeros((12, 20, 30, 3), np.uint8)}
+    assert "annotator names" in str(gd.real_clip(clip, {}, tmp_path, 0)) and clip["moving"] == []
+    assert len(server.asked) == 1 and server.asked[0][1] == 10  # of twelve frames
+
+
+def test_frames_that_the_annotator_rejects_are_not_used(server, monkeypatch, tmp_path):
+    """Eq. 2: of four overlays the second is not confirmed, so its mask is dropped."""
+    bad = ['{"valid": [0, 4]}', '{"valid": [1.0]}']  # no such overlay, no number of one
+    server.troubles = {
+        "check": [*(lambda text, reply=reply: reply for reply in bad), lambda text: '{"valid": [0, 2, 3]}']
+    }
+    for name, value in {"BASE_URL": server.url, "MODEL": "stub", "OUT": str(tmp_path)}.items():
+        monkeypatch.setattr(gd, name, value)
+    masks = np.zeros((6, 20, 30), bool)
+    masks[[0, 1, 3, 5], :9] = True
+    found = gd.confirm(np.zeros((6, 20, 30, 3), np.uint8), "red box", masks, range(6))
+    assert found.tolist() == [True, False, False, True, False, True]
+    assert [images for _, images, _ in server.asked] == [4, 4, 4]
