@@ -101,6 +101,8 @@ HELD_OUT = 0.25  # share of the scenes that go to test_*.jsonl (ours)
 # overlay
 ALPHA = 0.4  # Eq. 1 (release)
 OVERLAY_COLOUR = (255, 0, 0)  # Eq. 1, RGB (release)
+# logging
+INSPECT = 0  # rows of train_imagery.jsonl drawn into OUT/inspect.png (ours)
 # system
 SEED = 0  # every clip's generator is a function of (SEED, split, number)
 WORKERS = os.cpu_count()  # processes; the files do not depend on it
@@ -1119,7 +1121,7 @@ def write_files(out, items, dropped, constants):
 # under torchrun the first process does it all
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     settings = {key: value for key, value in set_constants(globals()).items() if not isinstance(value, list)}
-    free = "OUT WORKERS BASE_URL WAITS TIMEOUT".split()  # these change no row
+    free = "OUT WORKERS BASE_URL WAITS TIMEOUT INSPECT".split()  # these change no row
     recorded = {name: value for name, value in settings.items() if name not in free}
     out, begun, jobs = Path(OUT), time.time(), list_jobs()
     if open_folder(out, recorded):
@@ -1131,4 +1133,7 @@ if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     if ANNOTATOR == "api":
         print(f"\nannotator: {SPENT['requests']} requests, {SPENT['tokens']} tokens", end="")
     write_files(out, items, dropped, recorded)
+    if INSPECT and not asked:
+        sheet = importlib.import_module("contact_sheet")
+        sheet.draw(out / "train_imagery.jsonl", out / "inspect.png", INSPECT)
     print(f"\n{out} is ready after {time.time() - begun:.0f} s.")

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import contact_sheet
 import generate_data as gd
 import make_tiny
 from model import read_rows
 
 SCRIPT = Path(gd.__file__)
-FEW = ["TRAIN_CLIPS=14", "TEST_CLIPS=4", "RL_TRAIN_CLIPS=4", "RL_TEST_CLIPS=2"]
+FEW = ["TRAIN_CLIPS=14", "TEST_CLIPS=4", "RL_TRAIN_CLIPS=4", "RL_TEST_CLIPS=2", "INSPECT=2"]
 LAST = gd.FRAMES - 1
 
 
@@ -406,6 +407,22 @@ def test_files_are_read_by_the_other_stages(folder):
     assert meta["constants"]["SEED"] == 0 and meta["counts"]["train"]["rows"] == len(
         rows_of(folder / "train_imagery.jsonl")
     )
+
+
+def test_the_contact_sheet_shows_rows(folder, tmp_path):
+    """INSPECT=2: frames with times, overlays and all text of two rows in one picture; a script draws more."""
+    sheet = np.asarray(Image.open(folder / "inspect.png").convert("L")).astype(int)
+    assert sheet.shape[1] == 1280 and sheet.shape[0] > 4 * 174  # two rows of two lines of pictures
+    first = read_rows(folder / "train_imagery.jsonl")[0]
+    for number, name in enumerate(first["image_input"]):
+        frame = np.asarray(Image.open(name).convert("L")).astype(int)
+        left = number * 160
+        assert np.abs(sheet[14:70, left : left + 56] - frame).mean() < 2
+        assert (sheet[1:13, left + 1 : left + 20] < 128).any()  # its time
+    mark = np.asarray(Image.open(first["image_output"][0]).convert("L")).astype(int)
+    assert np.abs(sheet[188:244, :56] - mark).mean() < 2 and (sheet[348:] < 128).any()
+    contact_sheet.draw(folder / "train_imagery.jsonl", tmp_path / "all.png", 99)
+    assert Image.open(tmp_path / "all.png").size[1] > 7 * 348
 
 
 def test_boxes_are_pixels_of_the_stored_frames(monkeypatch, tmp_path):
