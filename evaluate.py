@@ -125,8 +125,8 @@ def judge(row, index, answer, K):
     result |= {"options": len(row["options"]), "key": row["key"], "answer": letter}
     result |= {"correct": letter in keys, "pred": pred, "hit": int(pred in keys)}
     result |= {"cut": bool(answer["cut"]), "blocks": blocks, "tokens": len(answer["ids"]), "text": text}
-    result |= row.get("told", {}) | {"latents": fed[: blocks * K].view(blocks, K, fed.shape[-1])}
-    return result
+    result |= row["told"] | {"question": row["text_input"], "raw": text} if row.get("told") else {}
+    return result | {"latents": fed[: blocks * K].view(blocks, K, fed.shape[-1])}
 
 
 def wilson(correct, n, z=1.959964):
@@ -159,14 +159,12 @@ def three_of_four(results):
 
     Not counted where a version is missing. Chance is that of three or four hits: 4p³(1 - p) + p⁴.
     """
-    made = []
     for twin in {result.get("twin") for result in results} - {None}:
         four = [result for result in results if result.get("twin") == twin]
         if len(four) == 4:
             p, name = 1 / four[0]["options"], f"{four[0]['subtask']}, 3 of 4"
             one = {rule: sum(result[rule] for result in four) >= 3 for rule in ("correct", "hit")}
-            made.append(one | {"subtask": name, "options": 1 / (p**3 * (4 - 3 * p)), "imagery": []})
-    return made
+            yield one | {"subtask": name, "options": 1 / (p**3 * (4 - 3 * p)), "imagery": []}
 
 
 def in_order(results):
@@ -177,10 +175,9 @@ def in_order(results):
 
 def summarise(results, groups=BENCHES["groups"]):
     """Results -> scores by subtask, group and "micro"; macros (mean over subtasks); counts over answers."""
-    grouped = three_of_four(results)
+    grouped = list(three_of_four(results))
     subtasks, versions = in_order(results), in_order(grouped)
-    parts = {name: (name,) for name in subtasks} | groups | {"micro": subtasks}
-    parts |= {name: (name,) for name in versions} | {"micro, 3 of 4": versions}
+    parts = {x: (x,) for x in subtasks + versions} | groups | {"micro": subtasks, "micro, 3 of 4": versions}
     members = {name: [r for r in results + grouped if r["subtask"] in part] for name, part in parts.items()}
     scores = {name: count(some) for name, some in members.items() if some}
     summary = {"scores": scores, "macro": mean(scores[name]["accuracy"] for name in subtasks)}
@@ -189,10 +186,9 @@ def summarise(results, groups=BENCHES["groups"]):
     summary |= {"no_answer": sum(r["answer"] is None for r in results), "cut": sum(r["cut"] for r in results)}
     summary |= {name: mean(result[name] for result in results) for name in ("blocks", "tokens")}
     blocks = [block for result in results for block in result["imagery"]]
-    names = ("retrieval", "chance", "norm_fed", "norm_true")
-    imagery = {"compared": len(blocks)} | {name: mean(block[name] for block in blocks) for name in names}
+    imagery = {name: mean(block[name] for block in blocks) for name in ("retrieval", "chance")}
     imagery["cosine"] = [mean(column) for column in zip(*(block["cosine"] for block in blocks))]
-    return summary | {"imagery": imagery}
+    return summary | {"imagery": {"compared": len(blocks)} | imagery}
 
 
 def average(values):
@@ -247,12 +243,12 @@ def describe(summary):
 
 def parse_options(value):
     """Options in any shape -> {"A": "left", ...}: list, array, dict, text of one, "A: left; B: right"."""
-    with contextlib.suppress(AttributeError, ValueError, SyntaxError):  # else it is no text of a list or dict
+    with contextlib.suppress(AttributeError, TypeError, ValueError, SyntaxError):  # else no text of a list
         value = ast.literal_eval(value.strip())
-    if isinstance(value, str):
-        value = dict(re.findall(r"\b([A-F]):\s*(.*?)\s*(?=;\s*[A-F]:|$)", value, flags=re.S))
+    if isinstance(value, (str, int, float)):
+        value = dict(re.findall(r"\b([A-F]):\s*(.*?)\s*(?=;\s*[A-F]:|$)", str(value), flags=re.S))
     pairs = value.items() if isinstance(value, dict) else zip("ABCDEFG", value)
-    return {str(key): re.sub(rf"^\(?{key}[.):]\s+", "", str(text)) for key, text in pairs}
+    return {str(key): re.sub(rf"^\(?{key}[.):]\s+", "", str(text)) for key, text in pairs if text is not None}
 
 
 def find_keys(answer, options):
@@ -267,7 +263,7 @@ def place(bench, raw, path):
     """An entry's kind, which is a key of the benchmark's subtasks, and its video's path below VIDEOS."""
     video = str(raw.get("video"))
     if bench == "dsr":
-        return raw["type"].strip().lower(), f"{video.removesuffix('.mp4')}.mp4"
+        return str(raw["type"]).strip().lower(), f"{video.removesuffix('.mp4')}.mp4"
     if bench == "dyn":
         scene, _, kind = path.stem.rpartition("_")
         return kind, f"{path.parent.name}/{scene}"
@@ -275,20 +271,20 @@ def place(bench, raw, path):
         video = video.rpartition("resolve/main/")[2]
         made_up = video.startswith("videos_synthetic/") and re.match("no( |$)", str(raw["answer"]).lower())
         return "no" if made_up else str(Path(video).parent), video
-    return str(raw["type"]), f"{path.stem}/{video}"
+    return str(raw["type"]), f"{raw.get('aug', path.stem)}/{video}"
 
 
 def ask_row(where, question, options):
     """A question and its options {"A": "left", ...} -> a row without frames and without a key."""
     text = "\n".join([f"{question}\n", *(f"{letter}. {text}" for letter, text in options.items())])
     row = {"where": where, "id": where, "subtask": "asked", "key": None, "options": options, "video": where}
-    return row | {"text_input": text, "text_output": "", "image_output": [], "clip": where}
+    return row | {"text_input": text, "text_output": "", "image_output": [], "clip": where, "told": {}}
 
 
-def bench_row(bench, raw, path, number):
-    """An entry of a benchmark's file -> a row like read_rows', without frames; key: all right letters."""
-    where = f"{path}:{number}"
-    check(isinstance(raw, dict), f"{where}: an entry must be an object, got {raw!r}.")
+def bench_row(bench, raw, path, n):
+    """A benchmark file's n-th entry -> a row like read_rows', frames aside; key: all right letters."""
+    where = f"{path}:{n}"
+    check(isinstance(raw, dict), f"{where}: an entry must be an object, not a {type(raw).__name__}.")
     raw = {BENCHES["columns"].get(name, name): value for name, value in raw.items() if value is not None}
     missing = ", ".join(name for name in BENCHES["needs"][bench] if name not in raw)
     check(not missing, f"{where}: there is no {missing}, so it is no row of BENCH={bench}.")
@@ -301,9 +297,21 @@ def bench_row(bench, raw, path, number):
     key = find_keys(raw["answer"], options)
     check(key, f"{where}: the answer {raw['answer']!r} is none of the options {options}.")
     row = ask_row(where, raw["question"], options) | {"subtask": subtask, "key": key, "video": video}
-    row["told"] = {"index": number - 1, "video_id": video.removesuffix(".mp4"), "gt": key[0]}
-    row["told"] |= {"subtask_type": kind, "twin": number if bench == "dsi" else None}
+    row["told"] = {"index": n - 1, "video_id": video.removesuffix(".mp4"), "gt": key[0], "subtask_type": kind}
     return row | {"id": str(raw.get("id", where)), "clip": str(raw.get("video", video))}
+
+
+def join_versions(rows):
+    """DSI-Bench: the n-th rows of all versions, which are folders of videos, are one question: `twin` n.
+
+    Of one file with all versions (metadata_4aug.csv) the order is not known, so it is checked.
+    """
+    turns, asked, files = {}, {}, {row["where"].rpartition(":")[0] for row in rows}
+    for row in rows:
+        version, same = row["video"].partition("/")[0], (row["clip"], row["subtask"])
+        turns[version] = row["told"]["twin"] = turns.get(version, 0) + 1
+        fine = len(files) > 1 or asked.setdefault(turns[version], same) == same
+        check(fine, f"{row['where']}: its versions stand in different orders; give the four files instead.")
 
 
 def read_bench(bench, data):
@@ -315,7 +323,10 @@ def read_bench(bench, data):
     paths = [whole] if whole.is_file() else [p for name in names for p in sorted(whole.rglob(name))]
     paths = [path for path in paths if "frame_sampling" not in path.name]  # Dyn-Bench's, no questions
     check(paths, f"DATA={data} holds no {' or '.join(names)}; set it to the benchmark's folder or file.")
-    return [bench_row(bench, raw, path, n) for path in paths for n, raw in enumerate(read_table(path), 1)]
+    rows = [bench_row(bench, raw, path, n) for path in paths for n, raw in enumerate(read_table(path), 1)]
+    if bench == "dsi":
+        join_versions(rows)
+    return rows
 
 
 def decode(video, fps, most):
@@ -329,16 +340,16 @@ def decode(video, fps, most):
 
 
 def sample_frames(video, root, cache, fps, most):
-    """A video's frames: [(file, seconds)], or why there are none, as text. Decoded once, kept in `cache`.
+    """A video's frames [(file, seconds)], and why there are none, or "". Decoded once, kept in `cache`.
 
     A folder counts as a video of its frame_* images, 1 / fps seconds apart (Dyn-Bench, which has no times).
     """
     path = Path(root) / video
     if path.is_dir():
         images = [(str(image), number / fps) for number, image in enumerate(sorted(path.glob("frame_*")))]
-        return thin(images, most) or f"{path} holds no frame_*"
+        return thin(images, most), "" if images else f"{path} holds no frame_*"
     if not path.is_file():
-        return f"there is no {path}"
+        return [], f"there is no {path}"
     facts = f"{video} {path.stat().st_size} {path.stat().st_mtime_ns} {fps} {most}"
     folder = Path(cache).absolute() / f"{path.stem}_{zlib.crc32(facts.encode()):08x}"
     unfinished = folder.with_name(f"{folder.name}.unfinished")
@@ -346,12 +357,12 @@ def sample_frames(video, root, cache, fps, most):
         try:
             frames = decode(path, fps, most)
         except Exception as error:  # decord raises many kinds; each means that this file cannot be used
-            return f"{path} cannot be decoded ({type(error).__name__})"
+            return [], f"{path} cannot be decoded ({type(error).__name__})"
         unfinished.mkdir(parents=True, exist_ok=True)
         for time, frame in frames:
             frame.save(unfinished / f"{time:09.3f}.jpg", quality=95, subsampling=0)
         unfinished.rename(folder)
-    return [(str(image), float(image.stem)) for image in sorted(folder.glob("*.jpg"))]
+    return [(str(image), float(image.stem)) for image in sorted(folder.glob("*.jpg"))], ""
 
 
 def add_frames(rows, rank=0, world=1, **how):
@@ -359,8 +370,8 @@ def add_frames(rows, rank=0, world=1, **how):
     videos = sorted({row["video"] for row in rows})[rank::world]
     found = dict(gather([(video, sample_frames(video, **how)) for video in videos], world))
     for row in rows:
-        frames = found[row["video"]]
-        row["lost"], frames = (frames, []) if isinstance(frames, str) else ("", frames)
+        frames, row["lost"] = found[row["video"]]
+        row["told"]["video_path"] = str(Path(how["root"]) / row["video"])
         row["image_input"], row["times"] = [path for path, _ in frames], [time for _, time in frames]
 
 
@@ -481,16 +492,12 @@ def compare(rows, index, fed, truth):
 
     truth(index) -> (n, K, D). Blocks beyond the true ones, and rows without a gallery, are not compared.
     """
-    blocks = []
     for block in range(min(len(fed), len(rows[index]["image_output"]))):
         gallery = gallery_of(rows, index, block)
         if len(gallery) > 1:
             true = torch.stack([truth(i)[block] for i in gallery])  # (G, K, D), its own first
             hit, cosine = retrieval(fed[block : block + 1], true)
-            norms = [x.norm(dim=-1).mean().item() for x in (fed[block], true[0])]
-            one = {"retrieval": hit.item(), "chance": 1 / len(gallery), "cosine": cosine[0].tolist()}
-            blocks.append(one | {"norm_fed": norms[0], "norm_true": norms[1]})
-    return blocks
+            yield {"retrieval": hit.item(), "chance": 1 / len(gallery), "cosine": cosine[0].tolist()}
 
 
 # ---------------------------------------------------------------- answering
@@ -585,7 +592,7 @@ def evaluate(model, rows, out=None, how=None, limit=0, resume=True, rank=0, worl
     check(not bad, f"{''.join(bad[:1])}: no options with a key to score by; drop it.")
     lost = [f"{row['where']}: {row['lost']}" for row in first if row.get("lost")]
     asked = [i for i, row in enumerate(first) if not row.get("lost")]
-    check(asked, f"No question has a video; {lost[:1]}; set VIDEOS.")
+    check(asked, f"No question of {len(first)} has a video; {lost[:1]}; set VIDEOS.")
     settings, was_training = settings_of(model, rows, how), model.training
     done = open_folder(out, settings, resume, rank) if out else {}
     todo = [batch for batch in plan(rows, asked, how["batch"]) if not done.keys() >= set(batch)]
@@ -594,13 +601,13 @@ def evaluate(model, rows, out=None, how=None, limit=0, resume=True, rank=0, worl
     for at in range(0, len(todo), world):
         mine = answer(model, rows, todo[at + rank], how, truth, images) if at + rank < len(todo) else []
         for result in mine:
-            result["imagery"] = compare(rows, result["row"], result.pop("latents"), truth)
+            result["imagery"] = list(compare(rows, result["row"], result.pop("latents"), truth))
         new = {result["row"]: result for result in gather(mine, world) if result["row"] not in done}
         done |= new
         if out and rank == 0:
             with open(out / "results.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_lines(new.values()))
-            right = count(done.values())["accuracy"]
+            right = mean(result["correct"] for result in done.values())
             print(f"evaluate {len(done):5d}/{len(asked)} | {right:6.1%} right", flush=True)
     model.train(was_training)
     results = [done[i] for i in asked]
@@ -684,18 +691,16 @@ def video_tokens(model, row, images):
 
 
 def draw_block(row, maps, overlays):
-    """The true overlay, if any, beside the heat maps (1 or 2, t, h, w) of the made and the true latents."""
+    """The true overlay, if any, and the heat maps (1 or 2, t, h, w) of the made and the true latents."""
     pair, lines = math.ceil(len(row["image_input"]) / maps.shape[1]), []
     for name, line in zip(("made", "true"), maps.numpy()):
         shown = thin(list(zip(row["image_input"][::pair], row["times"][::pair], line)), PAIRS)
-        tiles = [tile(path, HEAT, f"{name} {at:g} s", heat) for path, at, heat in shown]
-        lines.append(stack(tiles, down=False))
-    beside = [tile(overlay, 2 * HEAT + 4, "true overlay") for overlay in overlays]
-    return stack([*beside, stack(lines)], down=False)
+        lines.append(stack([tile(x, HEAT, f"{name} {at:g} s", heat) for x, at, heat in shown], down=False))
+    return [*(tile(path, 2 * HEAT + 4, "true overlay") for path in overlays), stack(lines)]
 
 
 def depict(model, rows, index, how):
-    """Answers a row and draws that: {"row", "result", "film": [image], "blocks": [image]}."""
+    """Answers a row and draws that: {"row", "result", "film": [image], "blocks": [[image]]}."""
     images, blocks = Images(model, cache=True), []
     truth = functools.cache(lambda i: true_latents(model, rows[i], images))
     result = answer(model, rows, [index], how, truth, images)[0]
@@ -706,9 +711,8 @@ def depict(model, rows, index, how):
             own = slice(number, number + 1)  # nothing, where more blocks are imagined than are true
             maps = heat_maps(torch.cat([made[None], true[own]]), tokens, common)
             blocks.append(draw_block(row, maps, row["image_output"][own]))
-    frames = thin(list(zip(row["image_input"], row["times"])), FRAMES)
-    tiles = [tile(path, FILM, f"{time:g} s") for path, time in frames]
-    film = [stack(tiles[at : at + 4], down=False) for at in range(0, len(tiles), 4)]
+    shown = thin(list(zip(row["image_input"], row["times"])), FRAMES)
+    film = [tile(path, FILM, f"{time:g} s") for path, time in shown]
     return {"row": row, "result": result, "film": film, "blocks": blocks}
 
 
@@ -722,7 +726,7 @@ def verdict(row, result):
 # ---------------------------------------------------------------- the report
 
 
-def fill(part, raw=(), **fields):
+def fill(part, raw=(), /, **fields):
     """A part of the template with its $fields: those of `raw` are HTML already, the others get escaped."""
     safe = {name: html.escape(str(value)) for name, value in fields.items()}
     return string.Template(PARTS[part]).substitute(safe, **dict(raw))
@@ -749,11 +753,12 @@ def curve(name, entries):
 def sample_card(sample):
     """One question, its film strip, and the answer's text with heat maps where the latent blocks are."""
     row, result = sample["row"], sample["result"]
-    block = r"&lt;\|latent_start\|&gt;(&lt;\|latent_pad\|&gt;)*(&lt;\|latent_end\|&gt;)?"
-    images = iter([show("imagery", image) for image in sample["blocks"]])
+    block = r"\s*&lt;\|latent_start\|&gt;(&lt;\|latent_pad\|&gt;)*(&lt;\|latent_end\|&gt;)?\s*"
+    drawn = ["".join(show("imagery", image) for image in images) for images in sample["blocks"]]
+    imagery = iter([fill("imagery", {"images": images}) for images in drawn])
     said = html.escape(result["text"].removesuffix("<|im_end|>").strip())
-    raw = {"spoken": re.sub(block, lambda _: next(images, "[imagery]"), said)}
-    raw["film"] = "".join(show("film strip", image) for image in sample["film"])
+    raw = {"spoken": re.sub(block, lambda _: next(imagery, " [imagery] "), said)}
+    raw["film"] = "".join(show("frame", image) for image in sample["film"])
     mark = ("right" if result["correct"] else "wrong") if result["key"] else "asked"
     fields = {"mark": mark, "question": row["text_input"], "verdict": verdict(row, result)}
     return fill("sample", raw, **result | fields)
@@ -784,7 +789,8 @@ def draw(model, rows, out, log="", samples=8):
         chosen += thin([r["row"] for r in results if r["correct"] == correct], max(1, samples // 2))
     drawn = [depict(model, rows, index, how) for index in chosen]
     if how["video"] != "none":
-        columns = [stack([*one["film"], *one["blocks"]], gap=12) for one in (drawn[0], drawn[-1])]
+        parts = [(one["film"][:4], one["film"][4:], *one["blocks"]) for one in (drawn[0], drawn[-1])]
+        columns = [stack([stack(x, down=False) for x in part if x], gap=12) for part in parts]
         stack(columns, down=False, gap=40).save(out / "picture.png")
     for file in sorted(out.parent.glob(f"{out.name}_*/summary.json")):
         summary["scores"][file.parent.name] = json.loads(file.read_text(encoding="utf-8"))["scores"]["micro"]
@@ -794,14 +800,14 @@ def draw(model, rows, out, log="", samples=8):
 if __name__ == "__main__":
     constants = set_constants(globals())
     for name, known in CONTROLS.items():
-        fine = constants[name] in ("", *known)
-        check(fine, f"{name}={constants[name]} is none of {', '.join(known)}; leave it out for none.")
+        check(constants[name] in ("", *known), f"{name}={constants[name]} is none of {', '.join(known)}.")
     varied = SEEDS == 1 or (SEEDS > 1 and (TEMPERATURE > 0 or VIDEO or LATENTS))
     check(varied, f"SEEDS={SEEDS}: take 1, or more with a TEMPERATURE above 0, as greedy answers are alike.")
     rank, world, device = init_distributed()
     kind = "ask" if ASK else BENCH if BENCH != "toy" else "eval"
     check(kind == "eval" or LATENTS != "oracle", "LATENTS=oracle needs true overlays; there are none here.")
     options = dict(zip("ABCDEF", OPTIONS.split("|"))) if OPTIONS else {}
+    check(not OPTIONS or 2 <= len(OPTIONS.split("|")) <= 6, f"OPTIONS={OPTIONS}: give 2 to 6, as left|right.")
     rows = [ask_row(VIDEO_FILE, ASK, options)] if ASK else read_bench(BENCH, DATA)
     if kind != "eval":
         some = rows if VIDEO == "other" or LATENTS == "swap" else rows[: LIMIT or None]

@@ -173,9 +173,9 @@ def read_table(path):
         if isinstance(entries, dict) and all(isinstance(some, list) for some in entries.values()):
             # DSR-Train: the questions of each video
             return [{"videoID": name, **entry} for name, some in entries.items() for entry in some]
-    except (ValueError, TypeError) as error:
+        return list(entries.values() if isinstance(entries, dict) else entries)
+    except (TypeError, ValueError, csv.Error) as error:
         check(False, f"{path} is no valid {path.suffix[1:]} file ({error}); download it again.")
-    return list(entries.values()) if isinstance(entries, dict) else entries
 
 
 def normalise_row(raw, where, folder):

@@ -4,6 +4,7 @@
     python tests/bench.py GROWTH=True                       # what doubling frames, answer length or G costs
     python tests/bench.py MEMORY=True                       # predicted memory of 3B and 7B; runs nothing
     python tests/bench.py SIZES=3B OUT=out/bench_3B.json    # on a GPU: bf16 autocast, random weights
+    python tests/bench.py MODEL=out/dift DATA=out/toy       # evaluation of a checkpoint, by batch size
 
 Rows of the table: dift, rollout and update are the steps of bench_dift.py and bench_grpo4d.py (there stands
 what the common way is); evaluation answers EVAL questions greedily, one by one against all at once. Each size
@@ -16,6 +17,10 @@ phase's. mfu: the same products over the rate of one large product. Time is the 
 idle core that is the clock's, which is printed too) and the clock's on a GPU. Memory is the peak above what
 the process holds after its imports (where a kernel cannot reset the peak, the largest so far), on a GPU what
 torch has allocated.
+
+With MODEL the questions of DATA are answered by evaluate.py's own function, once in batches of each size:
+evaluation is all but the start-up and the drawing, generation what model.generate takes of it. The ratios are
+to the first size; changed are the answers whose text differs from the first size's, and their rows.
 """
 
 import functools
@@ -36,7 +41,8 @@ import transformers
 
 import bench_dift
 import bench_grpo4d
-from model import Thinker, check, generate, set_constants
+import evaluate
+from model import Thinker, check, generate, load_model, set_constants
 
 OUT = "out/bench.json"  # results with device and versions; "": none
 SIZES = "tiny 45M"  # any of tiny 45M 3B 7B: shapes with random weights
@@ -50,6 +56,10 @@ GROWTH = False  # the growth table, of ours, in place of the other
 MEMORY = False  # the table of predicted memory
 PHASES = "dift rollout update evaluation"  # any of them; rollout and update go together
 WAY = "both"  # both | naive | ours
+MODEL = ""  # a checkpoint, to time its evaluation instead; "": none
+DATA = "out/toy"  # its questions, as evaluate.py takes them
+BATCHES = "1 16 64"  # questions answered at once
+QUESTIONS = 0  # the first so many; 0: all (fewer share the encoding of the overlays they are compared with)
 JSON = False  # prints the figures of one size and way as a line of JSON: how the processes report
 
 small_ids = "endoftext im_end image_pad video_pad latent_pad latent_start latent_end".split()
@@ -342,6 +352,44 @@ def evaluation(net, alone):
     return call
 
 
+def evaluate_once(model, rows, size, questions):
+    """Evaluates in batches of a size -> [seconds, of generation alone, both by the clock], texts by row."""
+    spent, texts, inner, judge = [], {}, evaluate.generate, evaluate.judge
+
+    def clocked(*words, **more):
+        made, line = timed(lambda: inner(*words, **more))
+        spent.append(line)
+        return made
+
+    def kept(row, index, answer, K):
+        texts[index] = answer["text"]
+        return judge(row, index, answer, K)
+
+    evaluate.generate, evaluate.judge = clocked, kept
+    try:
+        line = timed(lambda: evaluate.evaluate(model, rows, how={"batch": size}, limit=questions))[1]
+    finally:
+        evaluate.generate, evaluate.judge = inner, judge
+    own, clock, _ = map(sum, zip(*spent))
+    return [line[0], own, line[1], clock], texts
+
+
+def by_batch(model, data, sizes, questions):
+    """Evaluates a checkpoint once for each batch size, after a few questions to warm up; a line each."""
+    rows, first = evaluate.read_bench("toy", data), None
+    evaluate_once(model, rows, sizes[0], 4)
+    print(" batch questions   all, s   gen, s  clock s   gen, s   ratio  of gen  changed")
+    for size in sizes:
+        seconds, texts = evaluate_once(model, rows, size, questions)
+        first = first or (seconds, texts)
+        ratios = [start / own for start, own in zip(first[0][:2], seconds)]
+        changed = [index for index in texts if texts[index] != first[1][index]]
+        line = f"{size:6}{len(texts):10}" + "{:9.2f}{:9.2f}{:9.2f}{:9.2f}{:8.2f}{:8.2f}".format(
+            *seconds, *ratios
+        )
+        print(f"{line}{len(changed):9} {changed or ''}", flush=True)
+
+
 def measure(way):
     """One size and way in this process -> {phase: [seconds, clock, bytes]}, and what was computed."""
     torch.set_num_threads(THREADS)
@@ -464,6 +512,11 @@ if __name__ == "__main__":
         sys.exit()
     about = machine()
     print(" | ".join(f"{key} {value}" for key, value in about.items()))
+    if MODEL:
+        torch.set_num_threads(THREADS)
+        model = load_model(MODEL, "cuda" if cuda() else "cpu")
+        by_batch(model, DATA, [int(size) for size in BATCHES.split()], QUESTIONS)
+        sys.exit()
     if GROWTH:
         print(
             f"{'size':6}{'change':12}{'phase':12}{'time x':>9}{'products x':>12}{'ratio':>9}{'memory x':>9}"

@@ -63,7 +63,10 @@ def letter(text):
 
 
 def show(name, right, count):
-    """One line of the table."""
+    """One line of the table; of a kind that the data does not hold it says so."""
+    if count == 0:
+        print(f"{name:24} none in DATA", flush=True)
+        return
     low, high = wilson(right, count)
     print(
         f"{name:24} {100 * right / count:5.1f} % of {count:5d}   ({100 * low:.1f} - {100 * high:.1f})",
@@ -80,7 +83,7 @@ if __name__ == "__main__":
         kinds["grounding"], answers(model, kinds["grounding"], 200, BATCH)
     ).items():
         show(f"grounding, {kind} words", right, count)
-    given = answers(model, kinds["options"], 60, BATCH)
+    given = answers(model, kinds["options"], 60, BATCH)  # none without rows
     pairs = [(letter(row["text_output"]), letter(text)) for row, text in zip(kinds["options"], given)]
     show("options, letters", sum(key == said for key, said in pairs), len(pairs))
     motion = read_rows(Path(DATA) / "test_imagery.jsonl")

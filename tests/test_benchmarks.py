@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, lively, one_thread, refused, run_script
+from measure_base import show
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -134,6 +135,12 @@ def test_dsr_options_answers_and_order(tmp_path):
     assert rows[5]["where"].endswith("benchmark.json:6")
     assert evaluate.parse_options(np.array(["A. x", "B. y"])) == {"A": "x", "B": "y"}
     assert evaluate.parse_options(list("uvwxyz")) == dict(zip("ABCDEF", "uvwxyz"))
+    assert evaluate.parse_options(np.array([1, 2])) == {"A": "1", "B": "2"}
+    assert evaluate.parse_options({"A": 1, "B": 2, "C": None}) == {
+        "A": "1",
+        "B": "2",
+    }  # parquet's empty field
+    assert evaluate.parse_options("{'A': 'x', 'B': 2}") == {"A": "x", "B": "2"}
     entries = list(json.loads((tmp_path / "benchmark.json").read_text()).values())
     lines = tmp_path / "benchmark.jsonl"
     lines.write_text("\n".join(json.dumps(entry) for entry in entries))
@@ -186,6 +193,49 @@ def test_dsi_options_and_versions(tmp_path):
     assert [row["key"] for row in rows[::3]] == list("ABCD")
     assert rows[3]["video"] == "hflip/cam/a.mp4" and rows[3]["clip"] == rows[0]["clip"] == "cam/a.mp4"
     assert rows[2]["subtask"] == "Cam:static scene"
+
+
+def whole_dsi_file(folder, order, change=None):
+    """metadata_4aug.csv: the rows of the four files in another order, `aug` names their folder of videos."""
+    dsi_files(folder)
+    rows = []
+    for version in ("std", "hflip", "reverse", "reverse_hflip"):
+        with open(folder / "metadatas" / f"{version}.csv", newline="") as file:
+            rows += [{"aug": version, "number": n} | row for n, row in enumerate(csv.DictReader(file))]
+    rows.sort(key=order)
+    rows = change(rows) if change else rows
+    path = folder / "metadatas" / "metadata_4aug.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, [name for name in rows[0] if name != "number"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize(
+    "order", [lambda row: 0, lambda row: row["number"], lambda row: (row["number"], row["aug"])]
+)
+def test_dsi_in_one_file_equals_the_four(tmp_path, order):
+    """Version by version or question by question, the groups and the videos are those of the four files."""
+    path = whole_dsi_file(tmp_path, order)
+    rows, four = evaluate.read_bench("dsi", str(path)), evaluate.read_bench("dsi", str(tmp_path))
+
+    def facts(some):
+        return sorted((row["told"]["twin"], row["video"], row["key"], row["text_input"]) for row in some)
+
+    assert len(rows) == 12 and facts(rows) == facts(four)
+    assert rows[0]["told"]["index"] == 0 and rows[-1]["where"].endswith("metadata_4aug.csv:12")
+
+
+def test_dsi_in_one_file_with_mixed_orders_or_without_versions_is_refused(tmp_path):
+    def mixed(rows):
+        return rows[:3] + rows[3:6][::-1] + rows[6:]
+
+    path = whole_dsi_file(tmp_path, lambda row: 0, mixed)
+    refused(lambda: evaluate.read_bench("dsi", str(path)), "4aug.csv:4:", "different orders", "four files")
+    path = whole_dsi_file(tmp_path, lambda row: 0, lambda rows: [row | {"aug": None} for row in rows])
+    rows = evaluate.read_bench("dsi", str(path))
+    assert rows[0]["video"] == "/cam/a.mp4"  # an empty folder: no video is there, and evaluate says so
 
 
 def test_dyn_scenes_and_frames(tmp_path):
@@ -249,6 +299,7 @@ def test_dsr_counts(tmp_path):
     assert summary["no_answer"] == 2
     result = judged(rows, texts)[3]
     told = {"index": 3, "video_id": "v_3", "gt": "B", "pred": "B", "hit": 1, "subtask_type": "abs_spd"}
+    told |= {"raw": "<think>Before", "question": rows[3]["text_input"]}
     assert {name: result[name] for name in told} == told
 
 
@@ -348,13 +399,13 @@ def test_frames_have_their_true_times_and_are_decoded_once(tmp_path, monkeypatch
     make_video(tmp_path / "a b/ü.mp4", seconds=5)
     make_video(tmp_path / "c/ü.mp4", seconds=5, seed=1)
     how = {"root": tmp_path, "cache": tmp_path / "cache", "fps": 1.0}
-    frames = evaluate.sample_frames("a b/ü.mp4", **how, most=50)
-    assert [time for _, time in frames] == [0, 1, 2, 3, 4]
-    other = evaluate.sample_frames("c/ü.mp4", **how, most=50)
+    frames, lost = evaluate.sample_frames("a b/ü.mp4", **how, most=50)
+    assert [time for _, time in frames] == [0, 1, 2, 3, 4] and lost == ""
+    other = evaluate.sample_frames("c/ü.mp4", **how, most=50)[0]
     assert not {path for path, _ in frames} & {path for path, _ in other}
-    assert [time for _, time in evaluate.sample_frames("c/ü.mp4", **how, most=3)] == [0, 2, 4]
+    assert [time for _, time in evaluate.sample_frames("c/ü.mp4", **how, most=3)[0]] == [0, 2, 4]
     monkeypatch.setattr(evaluate, "decode", lambda *words: pytest.fail("decoded again"))
-    assert evaluate.sample_frames("a b/ü.mp4", **how, most=50) == frames
+    assert evaluate.sample_frames("a b/ü.mp4", **how, most=50) == (frames, "")
 
 
 def test_times_stand_before_the_question_where_wanted(bench, monkeypatch):
@@ -386,10 +437,11 @@ def test_videos_that_cannot_be_used_are_named_and_leave_nothing(tmp_path):
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:600])
     (tmp_path / "empty").mkdir()
     for name in ("zero", "noise", "cut"):
-        why = evaluate.sample_frames(f"{name}.mp4", tmp_path, tmp_path / "cache", 1.0, 50)
-        assert "cannot be decoded" in why
-    assert "there is no" in evaluate.sample_frames("gone.mp4", tmp_path, tmp_path / "cache", 1.0, 50)
-    assert "frame_" in evaluate.sample_frames("empty", tmp_path, tmp_path / "cache", 1.0, 50)
+        frames, why = evaluate.sample_frames(f"{name}.mp4", tmp_path, tmp_path / "cache", 1.0, 50)
+        assert "cannot be decoded" in why and frames == []
+    for name, told in {"gone.mp4": "there is no", "empty": "frame_"}.items():
+        frames, why = evaluate.sample_frames(name, tmp_path, tmp_path / "cache", 1.0, 50)
+        assert told in why and frames == []
     assert not (tmp_path / "cache").exists()
 
 
@@ -428,6 +480,10 @@ def test_a_benchmark_from_the_command_line(bench, monkeypatch, capsys):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["left_out"] == [f"{bench}/benchmark.json:5: there is no {bench}/videos/v_missing.mp4"]
     assert [line["row"] for line in lines(out)] == [0, 1, 2, 3, 5]
+    release = "index video_id video_path question gt pred answer raw hit subtask_type".split()
+    assert set(release) <= set(lines(out)[4]) and lines(out)[4]["index"] == 5
+    assert lines(out)[4]["video_path"] == f"{bench}/videos/v_0.mp4"
+    assert lines(out)[4]["raw"] == lines(out)[4]["text"]
     files = "picture.png report.html results.jsonl results_summary.json settings.json summary.json"
     assert sorted(path.name for path in out.iterdir()) == files.split()
     told = json.loads((out / "results_summary.json").read_text())
@@ -524,6 +580,25 @@ def test_controls_on_a_benchmark(bench, monkeypatch):
     refused(lambda: run_script(monkeypatch, "evaluate.py", *oracle), "LATENTS=oracle", "overlays")
 
 
+@pytest.mark.parametrize("kind", ["vlm4d", "dsi", "dyn"])
+def test_the_other_benchmarks_run_with_their_controls(bench, monkeypatch, tmp_path, kind):
+    """From the files to summary.json; what a control changes is what it says, and no row is lost."""
+    videos = {"vlm4d": tmp_path, "dsi": tmp_path / "videos", "dyn": tmp_path / "frames"}[kind]
+    {"vlm4d": vlm4d_files, "dsi": dsi_files, "dyn": dyn_files}[kind](tmp_path)
+    rows = evaluate.read_bench(kind, str(tmp_path))
+    for seed, video in enumerate(sorted({row["video"] for row in rows} if kind != "dyn" else ())):
+        make_video(videos / video, seconds=2, seed=seed)
+    here = [f"BENCH={kind}", f"DATA={tmp_path}", f"VIDEOS={videos}", "MAX_NEW=6", "SAMPLES=1"]
+    for control in ("", "VIDEO=none", "VIDEO=shuffled", "LATENTS=noise", "LATENTS=pad"):
+        out = tmp_path / f"out_{control}"
+        more = [f"OUT={out}", *filter(None, [control])]
+        run_script(monkeypatch, "evaluate.py", *words(bench, out, *here, *more))
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["scores"]["micro"]["n"] == len(rows) == len(lines(out)) and not summary["left_out"]
+        assert "micro, 3 of 4" in summary["scores"] or kind != "dsi"
+    assert not (out / "results_summary.json").exists()  # that is DSR-Bench's
+
+
 def test_ask_one_question_about_one_video(bench, monkeypatch, capsys):
     out, video = bench / "asked", bench / "videos" / "v_1.mp4"
     more = ["ASK=Where <to>?", f"VIDEO_FILE={video}", f"OUT={out}", "MAX_NEW=6", f"CACHE={bench / 'cache'}"]
@@ -535,6 +610,9 @@ def test_ask_one_question_about_one_video(bench, monkeypatch, capsys):
     run_script(monkeypatch, "evaluate.py", f"MODEL={bench / 'model'}", *more)  # an open question
     gone = [f"MODEL={bench / 'model'}", *more, "VIDEO_FILE=gone.mp4"]
     refused(lambda: run_script(monkeypatch, "evaluate.py", *gone), "gone.mp4")
+    for options in ("left", "a|b|c|d|e|f|g"):
+        wrong = [*gone, f"OPTIONS={options}"]
+        refused(lambda wrong=wrong: run_script(monkeypatch, "evaluate.py", *wrong), "OPTIONS=", "2 to 6")
 
 
 # ---------------------------------------------------------------- the authors' checkpoint, imitated
@@ -588,6 +666,9 @@ def test_a_checkpoint_of_the_release_is_scored(bench, tiny, monkeypatch):
         ({"candidates": ["x"]}, ("2 to 6 options",)),
         ({"candidates": list("tuvwxyz")}, ("2 to 6 options",)),
         ({"candidates": "['x', "}, ("2 to 6 options",)),
+        ({"candidates": 5}, ("2 to 6 options",)),
+        ({"candidates": "{[1]: 2}"}, ("2 to 6 options",)),
+        ({"type": 3}, ("'3'", "BENCH=dsr")),
         ({"candidates": {"A": "x", "C": "y"}}, ("2 to 6 options",)),
     ],
 )
@@ -605,6 +686,10 @@ def test_a_bad_file_is_one_sentence(tmp_path, monkeypatch):
     refused(lambda: evaluate.read_bench("dyn", path), "std.csv:1", "'std'")
     refused(lambda: evaluate.read_bench("dsb", path), "BENCH=dsb", "dsr, dyn, vlm4d, dsi")
     refused(lambda: evaluate.read_bench("dyn", str(tmp_path)), "holds no")
+    dump(tmp_path / "train.json", {"v_0": [{"Type": "abs_dis"}]})
+    refused(lambda: evaluate.read_bench("dsr", str(tmp_path / "train.json")), "train.json:1", "a list")
+    dump(tmp_path / "five.json", 5)
+    refused(lambda: evaluate.read_bench("dsr", str(tmp_path / "five.json")), "five.json", "no valid json")
     (tmp_path / "benchmark.json").write_text('[{"type": ')
     refused(lambda: evaluate.read_bench("dsr", str(tmp_path / "benchmark.json")), "no valid json")
     monkeypatch.setattr(model_py, "find_spec", lambda name: None)
@@ -614,27 +699,68 @@ def test_a_bad_file_is_one_sentence(tmp_path, monkeypatch):
 
 def test_no_video_at_all_and_a_checkpoint_of_another_kind(bench, tmp_path, monkeypatch):
     lost = words(bench, tmp_path / "out", f"VIDEOS={tmp_path}")
-    refused(lambda: run_script(monkeypatch, "evaluate.py", *lost), "No question has a video", "v_0.mp4")
-    dump(tmp_path / "other" / "config.json", {"model_type": "llama"})
-    other = words(bench, tmp_path / "out", f"MODEL={tmp_path / 'other'}")
-    refused(lambda: run_script(monkeypatch, "evaluate.py", *other), "llama", "Qwen2.5-VL")
+    refused(lambda: run_script(monkeypatch, "evaluate.py", *lost), "No question of 6 has a video", "v_0.mp4")
+    for kind in ("llama", "qwen3_vl"):
+        dump(tmp_path / kind / "config.json", {"model_type": kind})
+        other = words(bench, tmp_path / "out", f"MODEL={tmp_path / kind}")
+        refused(lambda other=other: run_script(monkeypatch, "evaluate.py", *other), kind, "Qwen2.5-VL")
+
+
+def test_a_kind_that_is_missing_is_said_by_the_measure_of_the_base(capsys):
+    show("x words", 0, 0)
+    show("y words", 3, 4)
+    said = capsys.readouterr().out.splitlines()
+    assert "none" in said[0] and "75.0 % of     4" in said[1]
 
 
 # ---------------------------------------------------------------- the page in a browser
 
 
-def test_the_page_in_a_browser(bench, monkeypatch, tmp_path):
-    """The page is drawn on a phone's width, and no card is cut off: a headless Chromium prints it."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+LOOK = """<!doctype html><title>waiting</title><iframe src="report.html" style="width:WIDTHpx"></iframe>
+<script>
+onload = () => {
+  const page = document.querySelector("iframe").contentDocument, seen = {};
+  const cards = () => [...page.querySelectorAll("article")].filter((card) => card.offsetHeight).length;
+  const cut = [...page.querySelectorAll("img, td, label, .question, .spoken")].filter(
+    (x) => x.offsetHeight && x.getBoundingClientRect().right > WIDTH);
+  for (const input of page.querySelectorAll("input")) {
+    input.click();
+    seen[`${input.name} ${input.value}`] = cards();
+    page.querySelector(`[name=${input.name}][value=all]`).click();
+  }
+  const style = getComputedStyle(page.body), wide = page.documentElement.scrollWidth;
+  const told = {wide, cut: cut.length, seen, ink: style.color, ground: style.backgroundColor};
+  document.title = JSON.stringify(told);
+};
+</script>"""
+
+
+def look(folder, width, *flags):
+    """What a headless Chromium says of folder/report.html in a frame of this width -> dict."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
         pytest.skip("no Chromium: the page was not looked at in a browser")
-    out = bench / "page"
-    run_script(monkeypatch, "evaluate.py", *words(bench, out))
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    shot = tmp_path / "shot.png"
-    flags += [f"--screenshot={shot}", "--window-size=500,1200", "--hide-scrollbars"]
-    env = os.environ | {"HOME": str(tmp_path)}
-    run = [browser, *flags, (out / "report.html").as_uri()]
-    subprocess.run(run, env=env, capture_output=True, timeout=240, check=True)
-    with evaluate.Image.open(shot) as image:
-        assert image.width == 500 and len(image.convert("L").getcolors(256)) > 50
+    (folder / "look.html").write_text(LOOK.replace("WIDTH", str(width)))
+    flags += ("--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files")
+    run = [browser, *flags, f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=20000"]
+    run += ["--dump-dom", (folder / "look.html").as_uri()]
+    env = os.environ | {"HOME": str(folder)}
+    said = subprocess.run(run, env=env, capture_output=True, text=True, timeout=240, check=True).stdout
+    return json.loads(re.search("<title>(.*?)</title>", said)[1].replace("&quot;", '"'))
+
+
+def test_the_page_in_a_browser(bench, monkeypatch, tmp_path):
+    """At a phone's width nothing is cut off or scrolls sideways, the filters filter, dark mode is dark."""
+    run_script(monkeypatch, "evaluate.py", *words(bench, tmp_path / "page", "TEMPERATURE=0.9", "SEEDS=2"))
+    page = tmp_path / "page"
+    text = (page / "report.html").read_text()
+    marks = re.findall(r'<article class="card" data-mark="(\w+)" data-subtask="([^"]+)"', text)
+    phone, dark = look(page, 390), look(page, 390, "--force-dark-mode")
+    assert phone["wide"] <= 390 and phone["cut"] == 0
+    wanted = {f"mark {name}": sum(mark == name for mark, _ in marks) for name in ("right", "wrong")}
+    wanted |= {f"subtask {name}": sum(kind == name for _, kind in marks) for name in {x for _, x in marks}}
+    assert phone["seen"] == wanted | {"mark all": len(marks), "subtask all": len(marks)}
+    assert len({kind for _, kind in marks}) > 1
+    assert phone["ground"] == "rgb(251, 251, 249)" and dark["ground"] == "rgb(20, 23, 26)"
+    assert look(page, 1200)["wide"] <= 1200

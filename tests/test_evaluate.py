@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bench
 import evaluate
 from make_tiny import make_network
 from model import load_model, read_rows
@@ -179,8 +180,8 @@ def result(subtask, answer, options=4, **more):
 
 
 def test_summary_equals_a_hand_count():
-    block = {"retrieval": True, "chance": 0.25, "cosine": [0.5, 0.1], "norm_fed": 2.0, "norm_true": 1.0}
-    other = {"retrieval": False, "chance": 0.5, "cosine": [0.3, 0.3], "norm_fed": 4.0, "norm_true": 1.0}
+    block = {"retrieval": True, "chance": 0.25, "cosine": [0.5, 0.1]}
+    other = {"retrieval": False, "chance": 0.5, "cosine": [0.3, 0.3]}
     results = [result("camera_single", "A", imagery=[block]), result("camera_single", "B", imagery=[other])]
     results += [result("camera_pair", "A"), result("camera_pair", "A"), result("camera_pair", "A", blocks=3)]
     results += [result("speed", None, 2, cut=True, blocks=0, tokens=90)]
@@ -308,7 +309,6 @@ def test_oracle_feeds_the_true_latents_and_finds_them(world, faked):
     imagery = evaluate.evaluate(model, rows, how={"latents": "oracle"})["imagery"]
     assert imagery["retrieval"] == 1.0
     assert imagery["cosine"] == pytest.approx([1.0] * 4, abs=1e-4)
-    assert imagery["norm_fed"] == pytest.approx(imagery["norm_true"])
     assert imagery["chance"] == pytest.approx(1 / 6)  # its own and those of the five other clips
 
 
@@ -420,6 +420,25 @@ def test_limit_is_a_prefix_and_batches_do_not_change_an_answer(world, faked, tmp
     assert [one["where"] for one in many][:2] == ["test_imagery.jsonl:1", "test_imagery.jsonl:2"]
 
 
+def test_the_bench_counts_answers_that_differ(world, faked, monkeypatch, capsys):
+    _, model, folder = world
+    bench.by_batch(model, str(folder / "data"), [1, 5], 6)
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert [len(call) for call in faked] == 4 * [1] + 6 * [1] + [5, 1]
+    assert [line.split()[:2] for line in lines] == [["1", "6"], ["5", "6"]]
+    assert [line.split()[-1] for line in lines] == ["0", "0"]
+    plain = evaluate.generate
+
+    def other(model, samples, *words, **more):
+        made = plain(model, samples, *words, **more)
+        return [one | {"text": "x"} for one in made[:1]] + made[1:] if len(made) > 1 else made
+
+    monkeypatch.setattr(evaluate, "generate", other)
+    bench.by_batch(model, str(folder / "data"), [1, 5], 6)
+    assert re.search(r" 1 \[\d+\]$", capsys.readouterr().out.rstrip())
+    assert evaluate.generate is other
+
+
 def test_without_out_nothing_is_written(world, faked, tmp_path, monkeypatch):
     rows, model, _ = world
     monkeypatch.chdir(tmp_path)
@@ -451,7 +470,7 @@ def test_picture_and_report(world, faked, tmp_path):
     assert "clip 0 &amp; how" in page or "&amp; how" in page
     assert "I &lt;look&gt;" in page and "<look>" not in page
     assert page.count("<article") == 4
-    assert page.count("<img") == 4 * 3  # a film strip and two blocks each
+    assert page.count("<img") == 4 * (4 + 2 * 2)  # four frames and two blocks each, of overlay and heat maps
     assert "latent_start" not in page and "$" not in page
     assert page.count("<polyline") == 2  # ce and cosine; retrieval has no finite value
     with Image.open(tmp_path / "picture.png") as image:
