@@ -694,8 +694,9 @@ def generate(
     hidden, B = hidden[:, 0], len(hidden)  # (B, D)
     dice = [torch.rand(max_new, generator=g, dtype=torch.float64) for g in generators or ()]
     uniform = torch.stack(dice).to(device) if temperature > 0 else torch.zeros(B, max_new, device=device)
-    left, block = torch.full((2, B), -1, device=device)  # left to feed; 0: the end is due, -1: no block
-    done, kept = torch.zeros(B, dtype=torch.bool, device=device), torch.arange(B, device=device)
+    left = torch.full((B,), -1, device=device)  # latents to feed; 0: the end is due, -1: outside a block
+    block = torch.full((B,), -1, device=device)
+    done = torch.zeros(B, dtype=torch.bool, device=device)
     tokens, fed = [], []
     for step in range(max_new):
         logits = model.net.lm_head(hidden).float().index_fill(-1, model.banned, -torch.inf)  # (B, V)
@@ -716,15 +717,10 @@ def generate(
         busy = all_sum([(~done).sum()], device)[0] if sync else not done.all()
         if not busy or step == max_new - 1:
             break
-        going = ~done[kept]
-        if 0 < going.sum() < 0.8 * len(kept):  # most rows that are done leave the cache
-            kept, is_real = kept[going], is_real[going]
-            past.batch_select_indices(going)
-        is_real = torch.cat([is_real, ~done[kept, None]], dim=1)
+        is_real = torch.cat([is_real, ~done[:, None]], dim=1)
         position = position + 1
-        places = position[kept].expand(3, -1)[..., None]  # (3, kept, 1)
-        hidden = hidden.index_copy(0, kept, model.text(x[kept, None], places, is_real, past)[:, -1])
-    return [unpack_row(model, x, fed, row) for row, x in enumerate(torch.stack(tokens).cpu().unbind(-1))]
+        hidden = model.text(x[:, None], position.expand(3, -1)[..., None], is_real, past)[:, -1]
+    return [unpack_row(model, torch.stack(tokens)[..., row].cpu(), fed, row) for row in range(B)]
 
 
 def unpack_row(model, columns, fed, row):

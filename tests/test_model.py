@@ -854,32 +854,6 @@ def test_batched_equals_one_by_one(talker, spoken):
         assert_same(reversed_answer, answer)
 
 
-def test_rows_that_are_done_are_not_read_any_more(talker, rows, monkeypatch):
-    """Row r ends at step 3 + 4 r: the batch shrinks, and the last row's logits are those it has alone."""
-    samples, reads, logits = prompts(talker, rows)[:5], [], []
-    read, end, word = talker.text, talker.ids["im_end"], talker.tokenize("a")[0]
-
-    def spy(x, *more):
-        reads.append(len(x))
-        return read(x, *more)
-
-    def scripted(given, *more):
-        logits.append(given[-1])
-        first, now = 5 - len(given), len(logits) - 1
-        return torch.tensor([end if now == 3 + 4 * (first + row) else word for row in range(len(given))])
-
-    monkeypatch.setattr(talker, "text", spy)
-    monkeypatch.setattr("model.pick", scripted)
-    together = [len(answer["ids"]) for answer in generate(talker, samples, 30)]
-    assert together == [4, 8, 12, 16, 20]
-    assert reads == [5] + 3 * [5] + 4 * [5] + 4 * [3] + 4 * [2] + 4 * [1]  # 4 of 5 stay, then 3 of 5 ...
-    batched, logits[:] = list(logits), []
-    generate(talker, samples[-1:], 30)
-    assert len(logits) == len(batched) == 20
-    for mine, theirs in zip(batched, logits):
-        assert torch.allclose(mine, theirs, atol=3e-4)
-
-
 def test_cached_features_do_not_change_an_answer(talker, spoken):
     images = Images(talker, cache=True)
     for _ in range(2):
