@@ -125,7 +125,8 @@ def judge(row, index, answer, K):
     result |= {"options": len(row["options"]), "key": row["key"], "answer": letter}
     result |= {"correct": letter in keys, "pred": pred, "hit": int(pred in keys)}
     result |= {"cut": bool(answer["cut"]), "blocks": blocks, "tokens": len(answer["ids"]), "text": text}
-    result |= row["told"] | {"question": row["text_input"], "raw": text} if row.get("told") else {}
+    asked = {"video_path": row.get("video_path"), "question": row["text_input"], "raw": text}
+    result |= row["told"] | asked if row.get("told") else {}
     return result | {"latents": fed[: blocks * K].view(blocks, K, fed.shape[-1])}
 
 
@@ -371,7 +372,7 @@ def add_frames(rows, rank=0, world=1, **how):
     found = dict(gather([(video, sample_frames(video, **how)) for video in videos], world))
     for row in rows:
         frames, row["lost"] = found[row["video"]]
-        row["told"]["video_path"] = str(Path(how["root"]) / row["video"])
+        row["video_path"] = str(Path(how["root"]) / row["video"])
         row["image_input"], row["times"] = [path for path, _ in frames], [time for _, time in frames]
 
 
@@ -451,13 +452,14 @@ def make_feed(kind, names, tables, pad, K, seed):
 # ---------------------------------------------------------------- what was imagined
 
 
-def true_latents(model, row, images=None):
-    """Eq. 5 for all overlays of a row -> (n, K, D)."""
-    if not row["image_output"] or not model.K:
-        return torch.zeros(0, model.K, model.net.config.text_config.hidden_size)
-    images = images if images and images.cache else Images(model, cache=True)
-    images.fill([(path,) for path in dict.fromkeys(row["image_output"])], row["where"], model.banned.device)
-    return torch.stack([images.kept[(path,)][1].float() for path in row["image_output"]])
+def true_latents(model, rows, indices, images=None):
+    """Eq. 5 for all overlays of the rows of the given indices, encoded together -> list of (n, K, D)."""
+    images = images or Images(model, cache=True)
+    names = [[(path,) for path in rows[i]["image_output"] if model.K] for i in indices]
+    distinct = list(dict.fromkeys(name for own in names for name in own))
+    images.fill(distinct, rows[indices[0]]["where"], model.banned.device)
+    none = torch.zeros(0, model.K, model.net.config.text_config.hidden_size)
+    return [torch.cat([none, *(images.kept[name][1][None].float() for name in own)]) for own in names]
 
 
 def centre(x, gallery):
@@ -490,12 +492,12 @@ def gallery_of(rows, index, block, size=64):
 def compare(rows, index, fed, truth):
     """Imagined blocks (n, K, D) of a row against the true ones of their ordinal in its gallery -> [dict].
 
-    truth(index) -> (n, K, D). Blocks beyond the true ones, and rows without a gallery, are not compared.
+    truth(indices) -> list of (n, K, D). Blocks beyond the true ones, and rows without a gallery, are not.
     """
     for block in range(min(len(fed), len(rows[index]["image_output"]))):
         gallery = gallery_of(rows, index, block)
         if len(gallery) > 1:
-            true = torch.stack([truth(i)[block] for i in gallery])  # (G, K, D), its own first
+            true = torch.stack([z[block] for z in truth(gallery)])  # (G, K, D), its own first
             hit, cosine = retrieval(fed[block : block + 1], true)
             yield {"retrieval": hit.item(), "chance": 1 / len(gallery), "cosine": cosine[0].tolist()}
 
@@ -508,7 +510,7 @@ def answer(model, rows, batch, how, truth, images=None):
 
     swap: the latents come from a first, plain pass over a question of the same subtask on another clip.
     """
-    tables = [truth(i) for i in batch] if how["latents"] == "oracle" else None
+    tables = truth(batch) if how["latents"] == "oracle" else None
     if how["latents"] == "swap":
         donors, plain = [other_clip(rows, i, how["seed"]) for i in batch], how | {"latents": ""}
         tables = [made["latents"] for made in answer(model, rows, donors, plain, truth, images)]
@@ -596,7 +598,8 @@ def evaluate(model, rows, out=None, how=None, limit=0, resume=True, rank=0, worl
     settings, was_training = settings_of(model, rows, how), model.training
     done = open_folder(out, settings, resume, rank) if out else {}
     todo = [batch for batch in plan(rows, asked, how["batch"]) if not done.keys() >= set(batch)]
-    truth = functools.cache(lambda i: true_latents(model, rows[i], images))
+    kept = images if images and images.cache else Images(model, cache=True)  # overlays, encoded once
+    truth = functools.partial(true_latents, model, rows, images=kept)
     model.eval()
     for at in range(0, len(todo), world):
         mine = answer(model, rows, todo[at + rank], how, truth, images) if at + rank < len(todo) else []
@@ -702,9 +705,9 @@ def draw_block(row, maps, overlays):
 def depict(model, rows, index, how):
     """Answers a row and draws that: {"row", "result", "film": [image], "blocks": [[image]]}."""
     images, blocks = Images(model, cache=True), []
-    truth = functools.cache(lambda i: true_latents(model, rows[i], images))
+    truth = functools.partial(true_latents, model, rows, images=images)
     result = answer(model, rows, [index], how, truth, images)[0]
-    row, true = see(rows, index, how["video"], how["seed"], how["times_in_prompt"]), truth(index)
+    row, true = see(rows, index, how["video"], how["seed"], how["times_in_prompt"]), truth([index])[0]
     if row["image_input"] and len(result["latents"]):
         tokens, common = video_tokens(model, row, images)
         for number, made in enumerate(result["latents"]):

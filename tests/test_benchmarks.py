@@ -687,7 +687,7 @@ def test_a_bad_file_is_one_sentence(tmp_path, monkeypatch):
     refused(lambda: evaluate.read_bench("dsb", path), "BENCH=dsb", "dsr, dyn, vlm4d, dsi")
     refused(lambda: evaluate.read_bench("dyn", str(tmp_path)), "holds no")
     dump(tmp_path / "train.json", {"v_0": [{"Type": "abs_dis"}]})
-    refused(lambda: evaluate.read_bench("dsr", str(tmp_path / "train.json")), "train.json:1", "a list")
+    refused(lambda: evaluate.read_bench("dsr", str(tmp_path / "train.json")), "train.json:1", "no type")
     dump(tmp_path / "five.json", 5)
     refused(lambda: evaluate.read_bench("dsr", str(tmp_path / "five.json")), "five.json", "no valid json")
     (tmp_path / "benchmark.json").write_text('[{"type": ')

@@ -288,7 +288,7 @@ def latents_of(world, kind):
     rows, model, _ = world
     how = evaluate.PLAIN | {"latents": kind}
     answers = evaluate.answer(
-        model, rows, range(len(rows)), how, lambda i: evaluate.true_latents(model, rows[i])
+        model, rows, range(len(rows)), how, lambda indices: evaluate.true_latents(model, rows, indices)
     )
     return {one["row"]: one["latents"] for one in answers}
 
@@ -305,7 +305,7 @@ def test_swap_feeds_what_a_question_of_the_same_kind_on_another_clip_made(world,
 def test_oracle_feeds_the_true_latents_and_finds_them(world, faked):
     rows, model, _ = world
     for index, fed in latents_of(world, "oracle").items():
-        assert torch.equal(fed, evaluate.true_latents(model, rows[index]))
+        assert torch.equal(fed, evaluate.true_latents(model, rows, [index])[0])
     imagery = evaluate.evaluate(model, rows, how={"latents": "oracle"})["imagery"]
     assert imagery["retrieval"] == 1.0
     assert imagery["cosine"] == pytest.approx([1.0] * 4, abs=1e-4)
@@ -510,7 +510,7 @@ def test_generate_takes_every_feed_with_rows_in_different_states(world, monkeypa
     monkeypatch.setattr("model.pick", scripted)
     how = evaluate.PLAIN | {"latents": kind, "max_new": 20}
     answers = evaluate.answer(
-        thinker, rows, [0, 2, 4], how, lambda i: evaluate.true_latents(thinker, rows[i])
+        thinker, rows, [0, 2, 4], how, lambda indices: evaluate.true_latents(thinker, rows, indices)
     )
     assert [one["blocks"] for one in answers] == [2, 2, 2]
     assert all(one["cut"] for one in answers)
@@ -518,7 +518,7 @@ def test_generate_takes_every_feed_with_rows_in_different_states(world, monkeypa
         if kind == "zero":
             assert one["latents"].eq(0).all()
         if kind == "oracle":
-            assert torch.allclose(one["latents"], evaluate.true_latents(thinker, rows[one["row"]]))
+            assert torch.allclose(one["latents"], evaluate.true_latents(thinker, rows, [one["row"]])[0])
 
 
 def test_command_line_and_two_processes_give_the_same_answers(world):
