@@ -357,8 +357,9 @@ def evaluate_once(model, rows, size, questions):
     spent, texts, inner, judge = [], {}, evaluate.generate, evaluate.judge
 
     def clocked(*words, **more):
-        made, line = timed(lambda: inner(*words, **more))
-        spent.append(line)
+        own, clock = time.process_time(), time.perf_counter()
+        made = inner(*words, **more)  # reads its answers back, so a device is waited for
+        spent.append((time.process_time() - own, time.perf_counter() - clock))
         return made
 
     def kept(row, index, answer, K):
@@ -370,7 +371,7 @@ def evaluate_once(model, rows, size, questions):
         line = timed(lambda: evaluate.evaluate(model, rows, how={"batch": size}, limit=questions))[1]
     finally:
         evaluate.generate, evaluate.judge = inner, judge
-    own, clock, _ = map(sum, zip(*spent))
+    own, clock = map(sum, zip(*spent))
     return [line[0], own, line[1], clock], texts
 
 
