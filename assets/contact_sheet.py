@@ -28,14 +28,15 @@ def strip(row):
     marks = [f"{time:g} s" for time in row["times"]] + ["imagined"] * len(row["image_output"])
     parts = [row["id"], *row["text_input"].split("\n"), *row["text_output"].split("\n"), f"key: {row['key']}"]
     lines = [line for part in parts for line in textwrap.wrap(part, WIDTH // 7)]
-    across, down = WIDTH // SIDE, SIDE + LINE
+    frames = [Image.open(name).convert("RGB") for name in row["image_input"] + row["image_output"]]
+    for frame in frames:
+        frame.thumbnail((SIDE - 4, SIDE - 4))
+    across, down = WIDTH // SIDE, LINE + 4 + max((frame.height for frame in frames), default=0)
     height = down * -(-len(marks) // across)
     picture = Image.new("RGB", (WIDTH, height + LINE * len(lines) + 20), "white")
     draw = ImageDraw.Draw(picture)
-    for n, (name, mark) in enumerate(zip(row["image_input"] + row["image_output"], marks)):
+    for n, (frame, mark) in enumerate(zip(frames, marks)):
         x, y = n % across * SIDE, n // across * down
-        frame = Image.open(name).convert("RGB")
-        frame.thumbnail((SIDE - 4, SIDE - 4))
         picture.paste(frame, (x, y + LINE))
         draw.text((x, y), mark, "black")
     draw.multiline_text((0, height), "\n".join(lines), "black", spacing=2)
