@@ -5,13 +5,14 @@ Out: OUT/rows/pretrain{,_test}.jsonl   rows that ground ("track", "cells") and b
                                        "far", "options"), beside a small toy set of every other kind
      OUT/rows/stage_*.jsonl            what each stage learns from
      OUT/random/                       the tokenizer and a network of random weights
-     OUT/<stage>/step_*/               checkpoints; the last stage's is what assets/tiny holds
+     OUT/<stage>/step_*/               checkpoints; the last stage's is a base like assets/tiny
 
-    python assets/make_tiny.py                                                # hours on two cores
+    python assets/make_tiny.py                                                # about an hour on two cores
     python assets/make_tiny.py CLIPS=8 OPTION_ROWS=60 MOST_STEPS=2 OUT=out/trial    # does it run at all
 
 Not a stage that a user runs. Each of STAGES is a run of dift.py without imagery (K=0, vision trained) that
-starts where the one before ended. A killed run continues when started again.
+starts where the one before ended. A killed run continues when started again. None of STAGES learns from the
+"cells" rows yet: they are for stages of your own.
 """
 
 import json
