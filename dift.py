@@ -6,7 +6,7 @@ Out: OUT/step_*/ (checkpoints), OUT/log.jsonl, and after the last step OUT/eval/
     python dift.py                                        # laptop: the toy data is made first if missing
     python dift.py MODEL=Qwen2.5-VL-3B-Instruct DATA=data/dift_data.jsonl POOLING=strips LR=1e-5 \\
         WARMUP=10 GLOBAL_BATCH=8 MICRO_BATCH=1 W_CE=0.1 CHECKPOINTING=True CACHE_FEATURES=False  # one GPU
-    torchrun --nproc_per_node=8 dift.py ...               # the same run on eight; GLOBAL_BATCH stays
+    torchrun --nproc_per_node=8 dift.py ...               # the same run on eight; PARALLEL=fsdp for 7B
 
 Differs from the paper:
 - `grid` pooling by default: `strips` averages left and right away at the toy's resolution (ours)
@@ -31,11 +31,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
-from model import Images, all_sum, check, collate, encode_row, init_distributed
-from model import load_model, load_optimizer, read_rows, rows_of_step, save_checkpoint, set_constants
+from model import Images, all_sum, check, collate, encode_row, full, init_distributed, load_model
+from model import load_optimizer, parallelise, read_rows, rows_of_step, save_checkpoint, set_constants, whole
 
 # --- paths
 MODEL = "assets/tiny"  # checkpoint folder to start from: the bundled tiny base, or any Qwen2.5-VL
@@ -71,6 +70,7 @@ SAVE_EVERY = 200  # steps between checkpoints
 # --- system
 RESUME = "auto"  # auto: go on from the newest checkpoint in OUT | never: start afresh
 CACHE_FEATURES = True  # keep frozen-vision features in memory, so that a clip is encoded once
+PARALLEL = "ddp"  # with torchrun. ddp: each device holds all | fsdp: weights and moments are cut up
 CHECKPOINTING = False  # activation checkpointing: less memory, a third more time, the same numbers
 SEED = 0  # of the data order
 
@@ -150,8 +150,8 @@ def log_line(entry, steps, w_ce, w_sim):
 if __name__ == "__main__":
     constants = set_constants(globals())
     rank, world, device = init_distributed()
-    check(RESUME in ("auto", "never"), f"RESUME={RESUME} is neither auto nor never.")
-    check(SUPERVISE in ("all", "letters"), f"SUPERVISE={SUPERVISE} is neither all nor letters.")
+    for name, known in {"RESUME": "auto never", "SUPERVISE": "all letters", "PARALLEL": "ddp fsdp"}.items():
+        check(constants[name] in known.split(), f"{name}={constants[name]} is none of: {known}.")
     check(GLOBAL_BATCH % world == 0, f"GLOBAL_BATCH={GLOBAL_BATCH} is no multiple of the {world} processes.")
     say = functools.partial(print, flush=True) if rank == 0 else lambda *words, **how: None
 
@@ -181,12 +181,12 @@ if __name__ == "__main__":
     core.net.model.visual.requires_grad_(TRAIN_VISION)
     if CHECKPOINTING:
         core.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = DistributedDataParallel(core, find_unused_parameters=TRAIN_VISION) if world > 1 else core
+    model = parallelise(core, PARALLEL, device)
     letters = torch.tensor(core.tok.convert_tokens_to_ids(list("ABCDEF" if SUPERVISE == "letters" else "")))
     images = Images(core, cache=CACHE_FEATURES and not TRAIN_VISION)
     split = {"rank": rank, "world": world, "images": images if images.cache else None}
     trained = [parameter for parameter in core.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, LR, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(trained, LR, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
     if start:
         load_optimizer(parent, core, optimizer)
 
@@ -223,13 +223,13 @@ if __name__ == "__main__":
         for at in range(0, len(samples), MICRO_BATCH):
             batch = images.add(collate(samples[at : at + MICRO_BATCH], core.ids["pad"]), device)
             last = at + MICRO_BATCH >= len(samples)
-            with contextlib.nullcontext() if last or world == 1 else model.no_sync():
+            with contextlib.nullcontext() if last or model is core else model.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     logp, imagined, targets = model(batch)
                     loss, ce, sim = dift_loss(logp, imagined, targets, n_text, n_latent, W_CE, W_SIM)
-                (loss * world).backward()  # DDP takes the mean over processes, Eq. 7 the sum
+                (loss * world).backward()  # of processes the mean is taken, Eq. 7 takes the sum
             sums += measure(loss, ce, sim, imagined, targets, K)
-        gnorm = torch.nn.utils.clip_grad_norm_(core.parameters(), CLIP).item()
+        gnorm = full(torch.nn.utils.clip_grad_norm_(core.parameters(), CLIP)).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         core.eval()
@@ -242,7 +242,8 @@ if __name__ == "__main__":
         if MATCH_NORM and n_latent:
             core.net.config.latent_norm = parts[5]
         if test_rows and n_latent and EVAL_EVERY and (step + 1) % EVAL_EVERY == 0:
-            look = evaluate.evaluate(core, test_rows, limit=64, **split)
+            with whole(core):
+                look = evaluate.evaluate(core, test_rows, limit=64, **split)
             retrieval = look["imagery"]["retrieval"]
         entry |= {"retrieval": retrieval, "gnorm": gnorm, "lr": lr, "latents": n_latent / GLOBAL_BATCH}
         entry |= {"seconds": time.time() - began, "tokens": tokens}
@@ -252,18 +253,16 @@ if __name__ == "__main__":
         if (step + 1) % LOG_EVERY == 0 or step + 1 == STEPS:
             say(log_line(entry, STEPS, W_CE, W_SIM))
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == STEPS:
-            if rank == 0:
-                save_checkpoint(OUT, step + 1, core, constants, optimizer)
-            if world > 1:
-                dist.barrier()
+            save_checkpoint(OUT, step + 1, core, constants, optimizer)
 
     # scores, picture and report
     if test_rows:
         out = Path(OUT) / "eval"
-        summary = evaluate.evaluate(core, test_rows, out, limit=TEST_ROWS, **split)
-        if rank == 0:
-            evaluate.print_table(summary)
-            evaluate.draw(core, test_rows, out, log)
-            say(f"{out}/summary.json, {out}/picture.png, {out}/report.html")
+        with whole(core):
+            summary = evaluate.evaluate(core, test_rows, out, limit=TEST_ROWS, **split)
+            if rank == 0:
+                evaluate.print_table(summary)
+                evaluate.draw(core, test_rows, out, log)
+                say(f"{out}/summary.json, {out}/picture.png, {out}/report.html")
     if world > 1:
         dist.destroy_process_group()

@@ -561,7 +561,7 @@ def write(path, text):
 
 def settings_of(model, rows, how):
     """What the answers in one folder share: weights (a sum over the first of each), questions, how."""
-    weights = sum(weight.flatten()[0].item() for weight in model.net.state_dict().values())
+    weights = sum(weight.flatten()[0].item() for weight in model.net.parameters())
     questions = zlib.crc32("".join(row["text_input"] for row in rows).encode())
     same = how | {name: getattr(model.net.config, name) for name in ("prompt_suffix", "seconds_per_pair")}
     return {"weights": weights, "questions": questions} | {x: same[x] for x in same if x != "batch"}

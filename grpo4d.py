@@ -7,7 +7,7 @@ Out: OUT/step_*/ (checkpoints), OUT/log.jsonl, OUT/before/ and OUT/after/: answe
     python grpo4d.py                               # laptop: from out/dift, on the toy's compound questions
     python grpo4d.py MODEL=out/dift_3b DATA=data/rl.jsonl HOLDOUT=data/rl_test.jsonl SINGLES="" LR=1e-6 \\
         MAX_NEW=1024 ROLLOUT_BATCH=1 MICRO_BATCH=1 CACHE_FEATURES=False          # one GPU
-    torchrun --nproc_per_node=8 grpo4d.py ...      # the same run on eight; GLOBAL_BATCH stays
+    torchrun --nproc_per_node=8 grpo4d.py ...      # the same run on eight; PARALLEL=fsdp for 7B
 
 A step: (1) draw questions, (2) sample G answers to each, imagery included, keep the latents that were fed,
 (3) score them by the key and the format, (4) advantages within each group, (5) read the answers again with
@@ -33,12 +33,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
-from model import Images, all_sum, check, collate, encode_row, generate, init_distributed
-from model import load_model, load_optimizer, newest_checkpoint, read_rows, rows_of_step, save_checkpoint
-from model import set_constants
+from model import Images, all_sum, check, collate, encode_row, full, generate, init_distributed, load_model
+from model import load_optimizer, newest_checkpoint, parallelise, read_rows, rows_of_step, save_checkpoint
+from model import set_constants, whole
 
 # --- paths
 MODEL = "out/dift"  # run folder (its newest checkpoint is taken) or one checkpoint: where the policy starts
@@ -81,6 +80,7 @@ SAVE_EVERY = 50  # steps between checkpoints
 # --- system
 RESUME = "auto"  # auto: go on from the newest checkpoint in OUT | never: start afresh
 CACHE_FEATURES = True  # keep vision features over steps; False: within a step only
+PARALLEL = "ddp"  # with torchrun. ddp: each device holds all | fsdp: weights and moments are cut up
 CHECKPOINTING = False  # activation checkpointing, with PREFIX=rows: less memory, more time, the same numbers
 SEED = 0  # of the order of questions and of the samples
 
@@ -157,7 +157,8 @@ def pack(model, images, prompts, groups, prefix, replay):
         batch["prompts"] = images.add(collate(prompts, pad, "left"), device)
     latents = torch.cat([made["latents"] for group in groups for made in group]).to(device)  # (n, D)
     if not replay:  # release: the pitfall, as an ablation
-        latents = model.net.get_input_embeddings().weight[model.ids["latent_pad"]].detach().expand_as(latents)
+        pad = full(model.net.get_input_embeddings().weight.detach())[model.ids["latent_pad"]]  # (D,)
+        latents = pad.expand_as(latents)
     return batch, latents
 
 
@@ -238,7 +239,8 @@ def compare_table(before, after):
 if __name__ == "__main__":
     constants = set_constants(globals())
     rank, world, device = init_distributed()
-    for name, known in {"PREFIX": "shared rows", "KL": "k3 k1", "RESUME": "auto never"}.items():
+    choices = {"PREFIX": "shared rows", "KL": "k3 k1", "RESUME": "auto never", "PARALLEL": "ddp fsdp"}
+    for name, known in choices.items():
         check(constants[name] in known.split(), f"{name}={constants[name]} is none of: {known}.")
     check(G >= 2, f"G={G}: an advantage is relative to other answers; set G to 2 or more.")
     check(TEMPERATURE > 0, f"TEMPERATURE={TEMPERATURE} makes all answers one; set it above 0, such as 1.")
@@ -278,10 +280,10 @@ if __name__ == "__main__":
     core.net.model.visual = reference.net.model.visual  # frozen in both: one copy, one pass
     if CHECKPOINTING:
         core.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = DistributedDataParallel(core) if world > 1 else core
+    model, _ = (parallelise(thinker, PARALLEL, device) for thinker in (core, reference))
     images = Images(core, cache=True)
     trained = [parameter for parameter in core.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, LR, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(trained, LR, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
     if start:
         load_optimizer(parent, core, optimizer)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -301,10 +303,11 @@ if __name__ == "__main__":
     say(" ".join(f"{name}={value}" for name, value in constants.items()))
     say("first question:", rows[0]["text_input"], f"key: {rows[0]['key']}", sep="\n")
     first = reference if source == begun else load_model(begun, device)  # where the policy started
-    before = {
-        name: evaluate.evaluate(first, some, Path(OUT) / "before" / name, **scoring)
-        for name, some in held_out.items()
-    }
+    with whole(first):
+        before = {
+            name: evaluate.evaluate(first, some, Path(OUT) / "before" / name, **scoring)
+            for name, some in held_out.items()
+        }
 
     for step in range(start, STEPS):
         began = time.time()
@@ -317,13 +320,12 @@ if __name__ == "__main__":
         model.eval()
         mine = rows_of_step(step, len(rows), GLOBAL_BATCH, SEED)[rank::world]
         prompts, groups = [encode_row(core, rows[index], answer=False) for index in mine], []
-        for at in range(0, len(mine), ROLLOUT_BATCH):
-            part = slice(at, at + ROLLOUT_BATCH)
-            generators = [dice(SEED, step, index, number) for index in mine[part] for number in range(G)]
-            how = {"temperature": TEMPERATURE, "generators": generators, "sync": True}
-            with autocast():
-                made = generate(core, prompts[part], MAX_NEW, images, **how)
-            groups += [made[first : first + G] for first in range(0, len(made), G)]
+        with whole(core), autocast():
+            for at in range(0, len(mine), ROLLOUT_BATCH):
+                part = slice(at, at + ROLLOUT_BATCH)
+                dies = [dice(SEED, step, index, number) for index in mine[part] for number in range(G)]
+                made = generate(core, prompts[part], MAX_NEW, images, TEMPERATURE, generators=dies)
+                groups += [made[first : first + G] for first in range(0, len(made), G)]
         rolled = time.time()
 
         # 3, 4: rewards and advantages
@@ -337,7 +339,7 @@ if __name__ == "__main__":
         for _ in range(MU):
             for at in range(0, len(mine), MICRO_BATCH):
                 part, last = slice(at, at + MICRO_BATCH), at + MICRO_BATCH >= len(mine)
-                with contextlib.nullcontext() if last or world == 1 else model.no_sync(), autocast():
+                with contextlib.nullcontext() if last or model is core else model.no_sync(), autocast():
                     if at not in kept:
                         batch, latents = pack(
                             core, images, prompts[part], groups[part], PREFIX, LATENT_REPLAY
@@ -351,9 +353,9 @@ if __name__ == "__main__":
                     answer = batch["is_text"].nonzero()[:, 0]  # (n,)
                     given = (advantage[part].flatten(), answer, GLOBAL_BATCH * G, EPSILON, BETA, KL)
                     loss, ratio, divergence = grpo_loss(logp, old, ref, *given)
-                    (loss * world).backward()  # DDP takes the mean over processes, Eq. 10 the sum
+                    (loss * world).backward()  # of processes the mean is taken, Eq. 10 the sum
                 sums += token_sums(loss, logp, ratio, divergence, EPSILON).to(device)
-            gnorm = torch.nn.utils.clip_grad_norm_(core.parameters(), CLIP).item()
+            gnorm = full(torch.nn.utils.clip_grad_norm_(core.parameters(), CLIP)).item()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -369,7 +371,8 @@ if __name__ == "__main__":
         entry |= {"rollout": thousands / (rolled - began), "update": thousands * MU / (time.time() - rolled)}
         if held_out.get("compound") and EVAL_EVERY and (step + 1) % EVAL_EVERY == 0:
             core.eval()
-            look = evaluate.evaluate(core, held_out["compound"], **scoring)
+            with whole(core):
+                look = evaluate.evaluate(core, held_out["compound"], **scoring)
             score = look["scores"]["micro"]
             entry["holdout"] = score["accuracy"]
             say(f"HOLDOUT after {step + 1} steps: {100 * score['accuracy']:.1f} % of {score['n']}")
@@ -381,22 +384,20 @@ if __name__ == "__main__":
         if SAMPLE_EVERY and step % SAMPLE_EVERY == 0:
             say(shown(rows[mine[0]], groups[0][0], scored[0][0], rewards[0][0]))
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == STEPS:
-            if rank == 0:
-                save_checkpoint(OUT, step + 1, core, constants | came, optimizer)
-            if world > 1:
-                dist.barrier()
+            save_checkpoint(OUT, step + 1, core, constants | came, optimizer)
 
     # scores after, beside those before; picture and report of the compound questions
     core.eval()
-    after = {
-        name: evaluate.evaluate(core, some, Path(OUT) / "after" / name, **scoring)
-        for name, some in held_out.items()
-    }
-    if rank == 0 and held_out:
-        print(compare_table(before, after))
-        for name, some in held_out.items():
-            out = Path(OUT) / "after" / name
-            evaluate.draw(core, some, out, log)
-            say(f"{out}/summary.json, {out}/picture.png, {out}/report.html")
+    with whole(core):
+        after = {
+            name: evaluate.evaluate(core, some, Path(OUT) / "after" / name, **scoring)
+            for name, some in held_out.items()
+        }
+        if rank == 0 and held_out:
+            print(compare_table(before, after))
+            for name, some in held_out.items():
+                out = Path(OUT) / "after" / name
+                evaluate.draw(core, some, out, log)
+                say(f"{out}/summary.json, {out}/picture.png, {out}/report.html")
     if world > 1:
         dist.destroy_process_group()

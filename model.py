@@ -17,6 +17,7 @@ Differs from the paper:
 
 import ast
 import atexit
+import contextlib
 import csv
 import difflib
 import functools
@@ -40,6 +41,10 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import AddedToken, AutoTokenizer, DynamicCache
 from transformers import Qwen2_5_VLForConditionalGeneration as QwenVL
@@ -130,6 +135,58 @@ def all_sum(values, device="cpu"):
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
+
+
+def parallelise(model, how, device):
+    """Spreads a Thinker over the torchrun processes, if there are any -> what training calls.
+
+    ddp: DDP's wrapper; every process holds all, gradients are averaged. fsdp (FSDP2): the model itself, its
+    weights, gradients and moments cut over the processes, layer by layer; fp32, bf16 arithmetic on a GPU.
+    Frozen vision stays whole, so that each process may encode images when it needs to.
+    """
+    vision = set(model.net.model.visual.parameters())
+    seeing = any(parameter.requires_grad for parameter in vision)
+    check(how != "fsdp" or not seeing, "PARALLEL=fsdp needs frozen vision; set PARALLEL=ddp to train it.")
+    if not dist.is_initialized():
+        return model
+    if how == "ddp":
+        frozen = not any(parameter.requires_grad for parameter in model.parameters())
+        return model if frozen else DistributedDataParallel(model, find_unused_parameters=seeing)
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32)  # weights as used, gradients as summed
+    cut = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),))}
+    cut["mp_policy"] = half if device.type == "cuda" else MixedPrecisionPolicy()
+    parts = [fully_shard(layer, **cut) for layer in model.net.model.language_model.layers]
+    parts = [fully_shard(model, **cut, ignored_params=vision), *parts]
+    for part, before in zip(parts, [parts[-1], *parts]):  # by itself FSDP goes by what ran last: generation,
+        part.set_modules_to_backward_prefetch([before])  # which is not the same on all processes
+    return model
+
+
+@contextlib.contextmanager
+def whole(model):
+    """Within it every process holds all of a model that FSDP cuts up, and generates or not as it likes."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    if parts:
+        model({})  # FSDP takes the module that is called first for the outermost one
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.reshard()
+
+
+def full(x):
+    """A tensor that FSDP cuts up, as a whole on every process; any other as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def to_rank_0(tensors):
+    """Whole tensors by name on the CPU, of rank 0; nothing on the others, which all take part."""
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    wholes = ((name, full(x.detach())) for name, x in tensors.items())
+    return {name: x.cpu().contiguous() for name, x in wholes if main}
 
 
 # ---------------------------------------------------------------- rows
@@ -440,7 +497,6 @@ class Images:
 
     def __init__(self, model, cache=False):
         self.model, self.cache, self.kept = model, cache, {}
-        self.core = getattr(model, "module", model)
 
     def add(self, batch, device="cpu"):
         """Adds `pixels`, `grids` and which image goes where; or, cached, `features` and `latents` (n, D)."""
@@ -459,7 +515,7 @@ class Images:
 
     def load(self, items, where):
         """Patches of several videos and overlays, one after the other, and their grids (n, 3)."""
-        loaded = [load_images(item, self.core.net.config, where) for item in items]
+        loaded = [load_images(item, self.model.net.config, where) for item in items]
         return {"pixels": torch.cat([pixels for pixels, _ in loaded]), "grids": [grid for _, grid in loaded]}
 
     @torch.no_grad()
@@ -469,9 +525,9 @@ class Images:
         if not new:
             return
         loaded = self.load(new, where)
-        features = self.model(to_device(loaded, device))
+        features = self.model.encode(loaded["pixels"].to(device), loaded["grids"])
         for item, feature, grid in zip(new, features, loaded["grids"]):
-            pooled = self.core.pool(feature, grid) if len(item) == 1 and self.core.K else None
+            pooled = self.model.pool(feature, grid) if len(item) == 1 and self.model.K else None
             self.kept[item] = (feature.cpu(), None if pooled is None else pooled.cpu())
 
 
@@ -628,10 +684,10 @@ class Thinker(nn.Module):
         logp: of every supervised token given what stands before it; imagined: h_{t-1} at latent positions t;
         targets: z_t, also the input at t (Eq. 7), or the given `latents` (n, D) as they were sampled (4DRL).
         With batch["prompts"] (padded left) the rows are answers to them, G to each, and each prompt is read
-        once. A batch of pixels alone gives the list of their features (N, D).
+        once. An empty batch does nothing (see `whole`).
         """
-        if "ids" not in batch:
-            return self.encode(batch["pixels"], batch["grids"])
+        if not batch:
+            return None
         is_latent, is_text, is_real = batch["is_latent"], batch["is_text"], None
         features, targets, past, prompts = None, None, None, batch.get("prompts")
         if prompts:
@@ -673,17 +729,14 @@ def pick(logits, uniform, temperature, top_p):
 
 
 @torch.no_grad()
-def generate(
-    model, samples, max_new, images=None, temperature=0.0, top_p=1.0, generators=None, feed=None, sync=False
-):
+def generate(model, samples, max_new, images=None, temperature=0.0, top_p=1.0, generators=None, feed=None):
     """Recurrent generation (Eq. 8), batched with left padding -> one dict per answer.
 
     After a sampled `<|latent_start|>` a row's next K inputs are its own last hidden states, then
     `<|latent_end|>` is forced; each row is in its own state. `generators`: one CPU torch.Generator an answer,
     for temperature > 0; G times as many as samples give G answers to each, whose prompt is read once.
     `feed` (hidden (B, D), block (B,), k (B,), counted from 0) -> (B, D) replaces what is fed inside blocks
-    (controls); it is called for all rows, those outside a block (k >= K) do not use it. With `sync` every
-    process goes on until all are done, so that all make the same number of steps.
+    (controls); it is called for all rows, those outside a block (k >= K) do not use it.
     A dict holds, over the new tokens with the end of turn: ids (latents recorded as latent_pad), is_latent,
     is_sampled (lists), latents (n, D) as fed, text, cut (max_new came first).
     """
@@ -714,8 +767,7 @@ def generate(
         block = block + starts
         left = torch.where(starts, model.K, torch.where(left >= 0, left - 1, left))
         done = done | ((token == ids["im_end"]) & ~inside & ~ending)
-        busy = all_sum([(~done).sum()], device)[0] if sync else not done.all()
-        if not busy or step == max_new - 1:
+        if done.all() or step == max_new - 1:
             break
         is_real = torch.cat([is_real, ~done[:, None]], dim=1)
         position = position + 1
@@ -801,38 +853,46 @@ def start_rows(net, ids):
 def save_checkpoint(out, step, model, run, optimizer=None, keep=2):
     """Writes out/step_000500/: weights, tokenizer (save_pretrained layout), config.json with `run`, moments.
 
-    Written under a temporary name, then renamed; only the newest `keep` stay. Call it on rank 0.
+    Written under a temporary name, then renamed; only the newest `keep` stay. All processes call it, rank 0
+    writes: the same files for one process, DDP and FSDP.
     """
     folder, unfinished = Path(out) / f"step_{step:06d}", Path(out) / f".unfinished_{step:06d}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.net.save_pretrained(unfinished)
-    model.tok.save_pretrained(unfinished)
-    config = json.loads((unfinished / "config.json").read_text())
-    (unfinished / "config.json").write_text(json.dumps(config | {"run": run | {"step": step}}, indent=1))
-    if optimizer is not None:
-        save_file(optimizer_tensors(model, optimizer), unfinished / "optimizer.safetensors")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
-    steps = sorted(Path(out).glob("step_*"))
-    kept = [path for path in steps if path <= folder][-keep:]  # a later step is of a run that was left
-    for old in set(steps) - set(kept):
-        shutil.rmtree(old)
+    weights = to_rank_0(dict(model.net.named_parameters()))
+    moments = to_rank_0(optimizer_tensors(model, optimizer)) if optimizer else {}
+    if weights:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.net.save_pretrained(unfinished, state_dict=weights)
+        model.tok.save_pretrained(unfinished)
+        config = json.loads((unfinished / "config.json").read_text()) | {"run": run | {"step": step}}
+        (unfinished / "config.json").write_text(json.dumps(config, indent=1))
+        if optimizer is not None:
+            save_file(moments, unfinished / "optimizer.safetensors")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(unfinished, folder)
+        steps = sorted(Path(out).glob("step_*"))
+        kept = [path for path in steps if path <= folder][-keep:]  # a later step is of a run that was left
+        for old in set(steps) - set(kept):
+            shutil.rmtree(old)
+    if dist.is_initialized():
+        dist.barrier()
     return folder
 
 
 def optimizer_tensors(model, optimizer):
     """AdamW's moments and step counts by parameter name: {"<name>.exp_avg": tensor, ...}."""
     states = {name: optimizer.state.get(x, {}) for name, x in model.net.named_parameters()}
-    return {f"{name}.{key}": x.cpu().contiguous() for name, kept in states.items() for key, x in kept.items()}
+    return {f"{name}.{key}": x for name, kept in states.items() for key, x in kept.items()}
 
 
 def load_optimizer(folder, model, optimizer):
     """Puts the saved moments back, so that training goes on exactly; exits if the file is not there."""
     path = Path(folder) / "optimizer.safetensors"
     check(path.is_file(), f"There is no {path}, so training cannot go on; set RESUME=never to start afresh.")
-    tensors = load_file(path)
+    tensors, fused = load_file(path), optimizer.defaults["fused"]
     for name, parameter in model.net.named_parameters():
         for key in ("exp_avg", "exp_avg_sq", "step"):
             if f"{name}.{key}" in tensors:
-                device = "cpu" if key == "step" else parameter.device
-                optimizer.state[parameter][key] = tensors[f"{name}.{key}"].to(device)
+                x = tensors[f"{name}.{key}"].to("cpu" if key == "step" and not fused else parameter.device)
+                if isinstance(parameter, DTensor) and key != "step":
+                    x = distribute_tensor(x, parameter.device_mesh, parameter.placements)
+                optimizer.state[parameter][key] = x

@@ -3,6 +3,8 @@
 import json
 import os
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 
 from make_tiny import make_network
-from model import load_model
+from model import load_model, newest_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SIZE = (56, 42)  # width, height: 4 x 3 merged tokens with patches of 7 and a merge of 2
@@ -134,3 +136,19 @@ def one_thread():
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "assets"))),
     }
+
+
+def two_processes(script, *words):
+    """Runs a script on two processes, as torchrun would -> what it printed."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    run += [str(word) for word in words]
+    done = subprocess.run(run, cwd=ROOT, env=one_thread(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def forget_last(out):
+    """A run's folder as if it had been killed in its last step."""
+    shutil.rmtree(newest_checkpoint(out))
+    log = Path(out) / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))

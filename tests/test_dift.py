@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import N, ROOT, draw_image, lively, one_thread, refused, run_script, write_data
+from helpers import N, ROOT, draw_image, forget_last, lively, one_thread, refused, run_script, two_processes
+from helpers import write_data
 from safetensors.torch import load_file
 
 import evaluate
@@ -253,13 +254,60 @@ def test_a_step_does_not_depend_on(tiny, tmp_path, plain, change):
     assert_equal_runs(train(tiny, tmp_path / "run", change), plain)
 
 
-def test_two_processes_equal_one(tiny, tmp_path, plain):
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dift.py"]
-    run += words(tiny, tmp_path / "run", "MICRO_BATCH=2")  # two micro-batches on each of the two
-    done = subprocess.run(run, cwd=ROOT, env=one_thread(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 x cpu") == 1  # one process speaks
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_two_processes_equal_one(tiny, tmp_path, plain, layout):
+    """Four micro-batches, two on each process; with FSDP each holds half of the weights and moments."""
+    said = two_processes("dift.py", *words(tiny, tmp_path / "run", "MICRO_BATCH=2", f"PARALLEL={layout}"))
+    assert said.count("2 x cpu") == 1  # one process speaks
     assert_equal_runs(result_of(tmp_path / "run"), plain)
+
+
+def moments(out):
+    return load_file(newest_checkpoint(out) / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_saved_on_two_it_goes_on_on_one_and_back(tiny, tmp_path, plain, layout):
+    """Step 1 on one process, step 2 on two, step 3 on one: weights, moments and log of a run on one."""
+    out, more = tmp_path / "run", ["SAVE_EVERY=1", "EVAL_EVERY=0", f"PARALLEL={layout}"]
+    train(tiny, out, *more)
+    whole = moments(out)
+    forget_last(out)
+    forget_last(out)
+    two_processes("dift.py", *words(tiny, out, *more))
+    assert_same_files(moments(out), whole)
+    assert_equal_runs(result_of(out), plain)
+    forget_last(out)
+    assert_equal_runs(train(tiny, out, *more), plain)
+    assert_same_files(moments(out), whole)
+
+
+def assert_same_files(mine, theirs):
+    assert mine.keys() == theirs.keys() and any(name.endswith("exp_avg_sq") for name in mine)
+    for name, x in mine.items():
+        assert x.shape == theirs[name].shape and x.dtype == theirs[name].dtype, name
+        assert torch.allclose(x, theirs[name], atol=1e-6), name
+
+
+def test_a_run_on_two_ends_with_a_score_whatever_the_layout(tiny, tmp_path):
+    """Generation and the picture under FSDP: the same answers as with DDP."""
+    texts = []
+    (tmp_path / "short.py").write_text(SHORT)
+    for layout in ("ddp", "fsdp"):
+        more = [f"PARALLEL={layout}", "STEPS=2", "TEST_ROWS=5", "EVAL_EVERY=1", "SAVE_EVERY=1"]
+        two_processes(tmp_path / "short.py", *words(tiny, tmp_path / layout, *more))
+        lines = (tmp_path / layout / "eval" / "results.jsonl").read_text().splitlines()
+        texts.append([json.loads(line)["text"] for line in lines])
+        assert (tmp_path / layout / "eval" / "picture.png").stat().st_size > 1000
+    assert texts[0] == texts[1] and len(texts[0]) == 5
+
+
+SHORT = """
+import runpy
+import evaluate
+evaluate.PLAIN["max_new"] = 8
+runpy.run_path("dift.py", run_name="__main__")
+"""
 
 
 def test_a_checkpoint_says_where_it_comes_from(tiny, tmp_path):
@@ -412,6 +460,7 @@ def test_bad_input_ends_the_program_with_one_line(tiny, tmp_path):
         ("POOLING=gird", "POOLING"),
         ("RESUME=yes", "RESUME"),
         ("SUPERVISE=some", "SUPERVISE=some"),
+        ("PARALLEL=zero", "PARALLEL=zero"),
         ("K=64", "K=64"),  # an overlay has 12 tokens
         ("SUFFIX=@none", "none"),
     ],
@@ -419,6 +468,11 @@ def test_bad_input_ends_the_program_with_one_line(tiny, tmp_path):
 def test_bad_constants_are_one_sentence(tiny, tmp_path, word, said):
     refused(lambda: train(tiny, tmp_path / "run", word), said)
     assert not (tmp_path / "run" / "step_000003").exists()
+
+
+def test_trained_vision_is_not_cut_up(tiny, tmp_path):
+    more = ["PARALLEL=fsdp", "TRAIN_VISION=True", "K=0"]
+    refused(lambda: train(tiny, tmp_path / "run", *more), "PARALLEL=fsdp", "PARALLEL=ddp")
 
 
 def test_another_k_than_the_checkpoints_is_one_sentence(tiny, tmp_path):

@@ -4,13 +4,11 @@ import json
 import math
 import runpy
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, lively, make_world, one_thread, refused, run_script
+from helpers import ROOT, forget_last, lively, make_world, refused, run_script, two_processes
 from safetensors.torch import load_file
 
 import evaluate
@@ -829,54 +827,38 @@ def test_scores_before_are_the_policys(world, tmp_path):
 
 
 PAIR = """
-import json, runpy, sys
-from grpo4d import dice
-from model import encode_row, generate, init_distributed, load_model, read_rows
+import runpy
 {fake}
-rank, world, device = init_distributed()
-folder, out, numbers, *words = sys.argv[1:]
-core, number = load_model(folder + "/dift"), json.loads(numbers)[rank]
-prompt = encode_row(core, read_rows(folder + "/rl.jsonl")[rank], answer=False)
-calls = []
-core.net.model.language_model.register_forward_hook(lambda *given: calls.append(1))
-how = {{"temperature": {hot}, "generators": [dice(1, 0, rank, number)], "sync": True}}
-made = generate(core, [prompt], {max_new}, **how)
-with open(f"{{out}}/rank{{rank}}.json", "w") as file:
-    json.dump({{"calls": len(calls), "ids": made[0]["ids"]}}, file)
-sys.argv = ["grpo4d.py", *words]
 runpy.run_path("grpo4d.py", run_name="__main__")
 """
 
 
-@pytest.fixture(scope="module")
-def pair(world, rollout, tmp_path_factory):
-    """Two processes: each answers a question of its own, a short and a long one, then the run of `plain`."""
-    folder = tmp_path_factory.mktemp("pair")
-    lengths = [[len(made["ids"]) for made in group] for group in rollout[1]]
-    numbers = [lengths[0].index(min(lengths[0])), lengths[1].index(max(lengths[1]))]
-    (folder / "pair.py").write_text(PAIR.format(fake=FAKE, max_new=MAX_NEW, hot=HOT))
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run += [str(folder / "pair.py"), str(world), str(folder), json.dumps(numbers)]
-    run += words(world, folder / "run", "MICRO_BATCH=1", f"HOLDOUT={world / 'held.jsonl'}")
-    done = subprocess.run(run, cwd=ROOT, env=one_thread(), capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    return folder, numbers, done.stdout
-
-
-def test_two_processes_equal_one(pair, plain):
-    folder, _, said = pair
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_two_processes_equal_one(world, plain, tmp_path, layout):
+    """The same answers, logs and weights; then a step on one and a step on two in the same folder."""
+    (tmp_path / "pair.py").write_text(PAIR.format(fake=FAKE))
+    out, more = tmp_path / "run", ["MICRO_BATCH=1", "SAVE_EVERY=1", f"PARALLEL={layout}"]
+    scored = [f"HOLDOUT={world / 'held.jsonl'}", "EVAL_EVERY=0"]
+    said = two_processes(tmp_path / "pair.py", *words(world, out, *more, *scored))
     assert said.count("2 x cpu") == 1 and said.count("| reward ") == said.count("compound, all") + 1 == 2
-    assert_equal_runs(result_of(folder / "run"), plain)
+    assert_equal_runs(result_of(out), plain)
+    kept = load_file(newest_checkpoint(out) / "optimizer.safetensors")
+    forget_last(out)
+    assert_equal_runs(train(world, out, *more), plain)
+    alone = load_file(newest_checkpoint(out) / "optimizer.safetensors")
+    assert kept.keys() == alone.keys() and all(torch.allclose(kept[x], alone[x], atol=1e-6) for x in kept)
+    forget_last(out)
+    two_processes(tmp_path / "pair.py", *words(world, out, *more))
+    assert_equal_runs(result_of(out), plain)
 
 
-def test_processes_generate_for_as_many_steps(rollout, pair):
-    """Both make the steps of the longer answer, and each gives what it gives alone."""
-    answers = [rollout[1][rank][number] for rank, number in enumerate(pair[1])]
-    lengths = [len(made["ids"]) for made in answers]
-    assert lengths[0] < lengths[1]
-    for rank, made in enumerate(answers):
-        told = json.loads((pair[0] / f"rank{rank}.json").read_text())
-        assert told == {"calls": max(lengths), "ids": made["ids"]}
+def test_an_ablation_runs_cut_up_too(world, tmp_path):
+    """Pads come from the table of words, which no process holds as a whole."""
+    (tmp_path / "pair.py").write_text(PAIR.format(fake=FAKE))
+    more = ["LATENT_REPLAY=False", "PREFIX=rows", "CHECKPOINTING=True", "STEPS=1"]
+    alone = train(world, tmp_path / "alone", *more)
+    two_processes(tmp_path / "pair.py", *words(world, tmp_path / "run", *more, "PARALLEL=fsdp"))
+    assert_equal_runs(result_of(tmp_path / "run"), alone)
 
 
 def test_the_folder_of_another_run_is_refused(world, tmp_path):
@@ -900,6 +882,7 @@ def test_the_folder_of_another_run_is_refused(world, tmp_path):
         (["PREFIX=share"], "PREFIX=share"),
         (["KL=k2"], "KL=k2"),
         (["RESUME=yes"], "RESUME=yes"),
+        (["PARALLEL=zero"], "PARALLEL=zero"),
         (["CHECKPOINTING=True"], "PREFIX=rows"),
         (["MODEL=none"], "none"),
         (["REFERENCE=none"], "none"),
