@@ -16,7 +16,7 @@ nothing twice) are timed as plain products of those shapes on this machine; shar
 phase's. mfu: the same products over the rate of one large product. Time is the process's own on a CPU (on an
 idle core that is the clock's, which is printed too) and the clock's on a GPU. Memory is the peak above what
 the process holds after its imports (where a kernel cannot reset the peak, the largest so far), on a GPU what
-torch has allocated.
+torch has allocated. The prediction is held against what PyTorch allocates, which its profiler tells on a CPU.
 
 With MODEL the questions of DATA are answered by evaluate.py's own function, once in batches of each size:
 evaluation is all but the start-up and the drawing, generation what model.generate takes of it. The ratios are
@@ -25,6 +25,7 @@ to the first size; changed are the answers whose text differs from the first siz
 
 import functools
 import gc
+import itertools
 import json
 import math
 import os
@@ -234,39 +235,51 @@ def weights():
     return text, eye + 16 * w * w + 4 * w * v["out_hidden_size"], table
 
 
-def predict_memory(stage, rows=1, half=True, checkpointing=False, optimiser=True, chunk=512):
-    """Peak bytes of a step -> {"weights", "gradients", "moments", "activations", "peak"}.
+def predict_memory(stage, rows=1, half=True, checkpointing=False, optimiser=True, chunk=512, devices=1):
+    """Peak bytes that PyTorch allocates -> {"weights", "gradients", "moments", "activations", "peak"}.
 
     stage: dift, rows of a micro-batch | update, rows questions with G answers each behind a shared prompt.
-    half: bf16 arithmetic with fp32 masters, frozen vision in bf16; else fp32. Kept per token and layer: at
-    each norm its input and the normalised input (fp32) and what it gives; queries, keys, values and their
-    mixture; four tensors of the MLP. With checkpointing only a layer's input, and one whole layer. The peak
-    is the larger of: the head's backward (logits, all activations, the table's gradient), and the end of
-    backward (all gradients, and a copy of the table's where the lookup's rows are added to it).
+    half: bf16 arithmetic with fp32 masters; else fp32. devices: that FSDP cuts weights, gradients and moments
+    over; each then gathers the tables and two layers at a time. Kept per token and layer: at each norm its
+    input and the normalised input (fp32) and what it gives, in bf16 once for each product that reads it;
+    queries, keys, values and their mixture; four tensors of the MLP. Behind a shared prompt each answer also
+    keeps, in every layer, keys and values of prompt and answer for all heads, and its mask. With
+    checkpointing (update: PREFIX=rows) only a layer's input is kept, and one whole layer at a time.
+    Not counted: what is outside PyTorch (libraries' code and buffers), what an allocator cannot join, vision.
     """
     b, t = bench_dift, bench_dift.TEXT
     (text, eye, table), item = weights(), 2 if half else 4
-    D, layers, V = t["hidden_size"], t["num_hidden_layers"], t["vocab_size"]
+    D, layers, inner = t["hidden_size"], t["num_hidden_layers"], t["intermediate_size"]
     narrow = D // t["num_attention_heads"] * t["num_key_value_heads"]
-    length, scored = tokens("dift"), sum(b.SPOKEN) + 4
+    length, scored, again = tokens("dift"), rows * (sum(b.SPOKEN) + 4), 0
     if stage == "update":
         new, many = bench_grpo4d.NEW, bench_grpo4d.G
-        length = bench_grpo4d.BEFORE + b.PAIRS * b.HEIGHT * b.WIDTH + bench_grpo4d.AFTER + many * new
-        scored = many * new
-    whole = 16 * D + item * (4 * D + 2 * narrow + 4 * t["intermediate_size"])  # of a token in a layer
-    kept = (layers * 4 * D + whole) if checkpointing else layers * whole
-    if stage == "update" and checkpointing:  # PREFIX=rows: the prompt with each answer
-        length += (many - 1) * (length - many * new)
-    elif stage == "update":  # the prompt's cache once more for each answer
-        kept += layers * item * 2 * narrow * many * (length - many * new + new) / length
-    kept = rows * length * kept
-    logits = min(chunk, rows * scored) * V * (8 if half else 4)
-    parts = {"weights": 4 * text + eye * item + (2 * text if half else 0), "gradients": 4 * text}
-    parts["weights"] += 4 * text * (stage == "update")  # the reference; its bf16 copies are let go
-    parts |= {"moments": 8 * text * optimiser, "activations": kept}
-    rest = parts["weights"] + parts["moments"]
-    ends = (kept + logits + 4 * table, parts["gradients"] + 4 * table * bench_dift.TIED)
-    return parts | {"peak": rest + max(ends)}
+        asked = bench_grpo4d.BEFORE + b.PAIRS * b.HEIGHT * b.WIDTH + bench_grpo4d.AFTER
+        length, scored = asked + many * new, rows * many * new
+        again = item * rows * many * (asked + new) * 2 * D  # keys and values
+        if checkpointing:
+            length, again = many * (asked + new), 0
+    count = rows * length
+    whole = count * (16 * D + item * ((7 if half else 4) * D + 2 * narrow + 4 * inner)) + again  # of a layer
+    mask = item * rows * many * new * (asked + new) if again else 0
+    kept = layers * (count * 4 * D if checkpointing else whole + mask) + 8 * count * D  # and the last norm
+    made = count * item * (2 * inner + 2 * D) + again  # gradients within one layer
+    n, V = min(chunk, scored), t["vocab_size"]
+    logits = max(6 * n * V, 2 * n * V + 2 * table, 6 * table) if half else 4 * n * V + 4 * table
+
+    tables = table * (1 if b.TIED else 2)
+    copies = 2 * text if half else 0  # of autocast
+    copies = copies if devices == 1 else item * (tables + 2 * (text - tables) / layers)
+    parts = {"weights": 4 * text / devices + 4 * eye + copies, "gradients": 4 * text / devices}
+    parts["weights"] += 4 * text / devices * (stage == "update")  # the reference; its bf16 copies are let go
+    parts |= {"moments": 8 * text / devices * optimiser, "activations": kept}
+    moments = [
+        kept + logits,
+        kept + whole * checkpointing + made + 4 * table,
+    ]  # the head's, the last layer's,
+    moments += [whole + made + parts["gradients"]]  # the first layer's backward,
+    moments += [parts["gradients"] + 4 * table * b.TIED]  # the lookup's rows added to the table's gradient
+    return parts | {"peak": parts["weights"] + parts["moments"] + max(moments)}
 
 
 def print_memory():
@@ -278,7 +291,7 @@ def print_memory():
         f"{'size':6}{'stage':8}{'answer':>8}{'frames':>8}{'rows':>6}{'weights':>9}{'grads':>8}{'moments':>9}",
         end="",
     )
-    print(f"{'activations':>13}{'peak':>8}{'checkpointed':>14}")
+    print(f"{'activations':>13}{'peak':>8}{'checkpointed':>14}{'the same, FSDP on 8':>21}")
     for size in ("3B", "7B"):
         for stage, new in (("dift", 64), ("update", 256), ("update", 1024)):
             for frames in (10, 36, 50):
@@ -286,12 +299,17 @@ def print_memory():
                     choose(size, frames // 2, 8, new)
                     made = predict_memory(stage, rows)
                     less = predict_memory(stage, rows, checkpointing=True)["peak"] / 2**30
+                    cut = predict_memory(stage, rows, checkpointing=True, devices=8)["peak"] / 2**30
                     cells = [
                         made[name] / 2**30
                         for name in ("weights", "gradients", "moments", "activations", "peak")
                     ]
                     head = f"{size:6}{stage:8}{new if stage == 'update' else '':>8}{frames:8}{rows:6}"
-                    print(head + "{:9.1f}{:8.1f}{:9.1f}{:13.1f}{:8.1f}".format(*cells) + f"{less:14.1f}")
+                    print(
+                        head
+                        + "{:9.1f}{:8.1f}{:9.1f}{:13.1f}{:8.1f}".format(*cells)
+                        + f"{less:14.1f}{cut:21.1f}"
+                    )
 
 
 # ---------------------------------------------------------------- measuring
@@ -317,6 +335,26 @@ def timed(call, start=0):
     clock = time.perf_counter() - clock
     own = clock if cuda() else time.process_time() - began
     return result, [own, clock, torch.cuda.max_memory_allocated() if cuda() else bench_grpo4d.peak() - start]
+
+
+def allocated(call):
+    """The most bytes that PyTorch has allocated at once during a call, above what it had before."""
+    if cuda():
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            return timed(call)[1][2] - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
+        call()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = sorted((event.start_ns(), event.nbytes()) for event in events)
+    return max(itertools.accumulate(size for _, size in events))
+
+
+def held(*nets):
+    """Bytes of the weights of some networks, shared ones once."""
+    return sum(x.numel() * x.element_size() for x in {x for net in nets for x in net.parameters()})
 
 
 def rounds(net, calls, start):
@@ -396,11 +434,13 @@ def measure(way):
     torch.set_num_threads(THREADS)
     if cuda():
         torch.set_default_device("cuda")
-    start, naive, figures = bench_dift.memory(), way == "naive", {}
+    start, naive, figures, peaks = bench_dift.memory(), way == "naive", {}, {}
     if "dift" in PHASES.split():
         net = bench_dift.build()
         step = (bench_dift.common_step if naive else bench_dift.our_step)(net, bench_dift.draw())
         figures |= rounds(net, {"dift": step}, start)
+        if not naive:
+            peaks["dift"] = held(net) + allocated(step)
         del net, step
     if {"rollout", "update"} & set(PHASES.split()):
         policy, frozen = bench_grpo4d.nets()
@@ -409,6 +449,8 @@ def measure(way):
         rollout, refer, update = make(policy, frozen, *bench_grpo4d.draw())
         calls = {"rollout": rollout, "update": lambda *made: (update(*made, refer(*made))[0].item(),)}
         figures |= rounds(policy, calls, start)
+        if not naive:
+            peaks["update"] = held(policy, frozen) + allocated(functools.partial(calls["update"], *rollout()))
         bench_grpo4d.model_file.pick = picks
         del policy, frozen, rollout, refer, update, calls, make
     if "evaluation" in PHASES.split():
@@ -424,7 +466,8 @@ def measure(way):
     rate = 2 * big**3 / product_seconds(big, big, big, torch.bfloat16 if cuda() else torch.float32)
     block = torch.empty(2**28 if cuda() else 2**25)
     copied = min(timed(lambda: block.clone())[1][0] for _ in range(3))
-    return {"phases": figures, "rate": rate, "bandwidth": 2 * 4 * block.numel() / copied}
+    rates = {"rate": rate, "bandwidth": 2 * 4 * block.numel() / copied}
+    return {"phases": figures, "allocated": peaks} | rates
 
 
 def spawn(**constants):
@@ -471,7 +514,7 @@ def compare(size):
                 line += f"{seconds / old[0]:8.3f}{held / old[2]:8.3f}"
             if way == "ours" and name in ("dift", "update"):
                 predicted = predict_memory(name, 1, cuda(), optimiser=False)["peak"]
-                line += f"   {held / predicted:.2f} of the predicted memory"
+                line += f"   PyTorch's own: {one['allocated'][name] / predicted:.2f} of the predicted memory"
             if way == "ours" and name == "rollout":  # every weight of the text is read once a position
                 item = 2 if cuda() else 4
                 read = item * weights()[0] * NEW / seconds / one["bandwidth"]
