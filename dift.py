@@ -11,7 +11,7 @@ Out: OUT/step_*/ (checkpoints), OUT/log.jsonl, and after the last step OUT/eval/
 Differs from the paper:
 - `grid` pooling by default: `strips` averages left and right away at the toy's resolution (ours)
 - cosine is also logged centred per latent index, with retrieval@1: the plain one tells little (ours)
-- sums over all-reduced counts: the number of devices and of micro-batches does not change a step (ours)
+- sums over the whole step's counts: the number of devices and of micro-batches does not change a step (ours)
 - with MATCH_NORM hidden states are fed back with the norm of the targets they were trained to be (ours)
 """
 
@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -33,8 +34,9 @@ import torch.nn.functional as F
 import transformers
 
 import evaluate
-from model import Images, all_sum, check, collate, encode_row, full, init_distributed, load_model
-from model import load_optimizer, parallelise, read_rows, rows_of_step, save_checkpoint, set_constants, whole
+from model import Images, all_sum, check, checkpoint_layers, collate, encode_row, full, init_distributed
+from model import load_model, load_optimizer, parallelise, read_rows, rows_of_step, save_checkpoint
+from model import set_constants, whole
 
 # --- paths
 MODEL = "assets/tiny"  # checkpoint folder to start from: the bundled tiny base, or any Qwen2.5-VL
@@ -127,6 +129,19 @@ def narrow(sample, tokens):
     return sample | {"is_text": sample["is_text"] & kept}
 
 
+def micro_batches(model, images, rows, letters, size, rank=0, world=1):
+    """The rows of a step -> micro-batches of this process with their images, and counts on all devices.
+
+    Sorted by length before they are dealt out and cut, so that little is padding: of lengths 1 to 8 in
+    micro-batches of 2 the first of two processes has 1 3 | 5 7. Counts: supervised, latent, real tokens.
+    """
+    samples = sorted((narrow(encode_row(model, row), letters) for row in rows), key=lambda s: len(s["ids"]))
+    counts = [sum(int(s[name].sum()) for s in samples) for name in ("is_text", "is_latent", "is_real")]
+    mine = samples[rank::world]
+    parts = [collate(mine[at : at + size], model.ids["pad"]) for at in range(0, len(mine), size)]
+    return [images.add(part, model.banned.device) for part in parts], counts
+
+
 def describe(sample, model):
     """A sample as text, run by run: what is neither supervised nor imagery, [supervised], {imagery}."""
     parts = []
@@ -160,8 +175,7 @@ if __name__ == "__main__":
         maker = Path(__file__).with_name("generate_data.py")
         made = subprocess.run([sys.executable, maker, f"OUT={DATA}"])
         check(made.returncode == 0, f"generate_data.py could not make {DATA}; see above.")
-    if world > 1:
-        dist.barrier()
+    all_sum([0], device)  # all wait for it
     train_file, test_file = split_files(DATA, COT)
     rows = read_rows(train_file)
     test_rows = read_rows(test_file) if TEST_ROWS else []
@@ -180,7 +194,7 @@ if __name__ == "__main__":
     core = load_model(parent, device, K, POOLING, suffix, **pixels)
     core.net.model.visual.requires_grad_(TRAIN_VISION)
     if CHECKPOINTING:
-        core.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(core.net)
     model = parallelise(core, PARALLEL, device)
     letters = torch.tensor(core.tok.convert_tokens_to_ids(list("ABCDEF" if SUPERVISE == "letters" else "")))
     images = Images(core, cache=CACHE_FEATURES and not TRAIN_VISION)
@@ -191,15 +205,14 @@ if __name__ == "__main__":
         load_optimizer(parent, core, optimizer)
 
     # log
-    log, retrieval = Path(OUT) / "log.jsonl", None
+    log = Path(OUT) / "log.jsonl"
     lines = log.read_text().splitlines()[:start] if start and rank == 0 else []
     if rank == 0 and start < STEPS:
         shutil.rmtree(Path(OUT) / "eval", ignore_errors=True)  # answers of fewer steps, if any
     if rank == 0:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("".join(line + "\n" for line in lines))
-    if lines:
-        retrieval = json.loads(lines[-1])["retrieval"]
+    retrieval = json.loads(lines[-1])["retrieval"] if lines else None
     count = sum(parameter.numel() for parameter in trained) / 1e6
     say(f"dift: {parent} -> {OUT} | {train_file}, {len(rows)} rows | from step {start} | {world} x {device}")
     say(f"torch {torch.__version__}, transformers {transformers.__version__}, {count:.2f} M trained weights")
@@ -209,33 +222,33 @@ if __name__ == "__main__":
     if test_rows and test_file == train_file:
         say(f"{train_file} has no held-out twin: the score at the end is on training rows.")
 
+    def prepare(step):
+        """The micro-batches and counts of a step."""
+        some = [rows[index] for index in rows_of_step(step, len(rows), GLOBAL_BATCH, SEED)]
+        return micro_batches(core, images, some, letters, MICRO_BATCH, rank, world)
+
+    thread, coming = ThreadPoolExecutor(1), None
     for step in range(start, STEPS):
         began = time.time()
-        lr = lr_at(step, STEPS, WARMUP, LR)
-        optimizer.param_groups[0]["lr"] = lr
-        mine = rows_of_step(step, len(rows), GLOBAL_BATCH, SEED)[rank::world]
-        samples = [narrow(encode_row(core, rows[index]), letters) for index in mine]
-        samples = sorted(samples, key=lambda sample: len(sample["ids"]))
-        counts = [sum(int(s[name].sum()) for s in samples) for name in ("is_text", "is_latent", "is_real")]
-        n_text, n_latent, tokens = all_sum(counts, device)
+        batches, (n_text, n_latent, tokens) = (coming or thread.submit(prepare, step)).result()
+        coming = thread.submit(prepare, step + 1) if step + 1 < STEPS else None  # while this step runs
+        lr = optimizer.param_groups[0]["lr"] = lr_at(step, STEPS, WARMUP, LR)
         core.train()
         sums = torch.zeros(6, device=device)
-        for at in range(0, len(samples), MICRO_BATCH):
-            batch = images.add(collate(samples[at : at + MICRO_BATCH], core.ids["pad"]), device)
-            last = at + MICRO_BATCH >= len(samples)
-            with contextlib.nullcontext() if last or model is core else model.no_sync():
+        for number, batch in enumerate(batches, 1):
+            with contextlib.nullcontext() if number == len(batches) or model is core else model.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     logp, imagined, targets = model(batch)
                     loss, ce, sim = dift_loss(logp, imagined, targets, n_text, n_latent, W_CE, W_SIM)
                 (loss * world).backward()  # of processes the mean is taken, Eq. 7 takes the sum
             sums += measure(loss, ce, sim, imagined, targets, K)
-        gnorm = full(torch.nn.utils.clip_grad_norm_(core.parameters(), CLIP)).item()
+        gnorm = full(torch.nn.utils.clip_grad_norm_(core.parameters(), CLIP))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         core.eval()
 
         # the log of a step, and at times retrieval@1 and a checkpoint
-        parts = all_sum(sums.tolist(), device)
+        *parts, positions = all_sum([*sums.tolist(), sum(batch["ids"].numel() for batch in batches)], device)
         parts[3:] = [x / max(1, n_latent) for x in parts[3:]]
         names = ("loss", "ce", "sim", "cosine", "norm_fed", "norm_true")
         entry = {"step": step + 1} | dict(zip(names, parts))
@@ -243,10 +256,9 @@ if __name__ == "__main__":
             core.net.config.latent_norm = parts[5]
         if test_rows and n_latent and EVAL_EVERY and (step + 1) % EVAL_EVERY == 0:
             with whole(core):
-                look = evaluate.evaluate(core, test_rows, limit=64, **split)
-            retrieval = look["imagery"]["retrieval"]
-        entry |= {"retrieval": retrieval, "gnorm": gnorm, "lr": lr, "latents": n_latent / GLOBAL_BATCH}
-        entry |= {"seconds": time.time() - began, "tokens": tokens}
+                retrieval = evaluate.evaluate(core, test_rows, limit=64, **split)["imagery"]["retrieval"]
+        entry |= {"retrieval": retrieval, "gnorm": gnorm.item(), "lr": lr, "latents": n_latent / GLOBAL_BATCH}
+        entry |= {"padding": 1 - tokens / positions, "seconds": time.time() - began, "tokens": tokens}
         if rank == 0:
             with open(log, "a") as file:
                 file.write(json.dumps(entry) + "\n")

@@ -35,9 +35,9 @@ import torch.distributed as dist
 import transformers
 
 import evaluate
-from model import Images, all_sum, check, collate, encode_row, full, generate, init_distributed, load_model
-from model import load_optimizer, newest_checkpoint, parallelise, read_rows, rows_of_step, save_checkpoint
-from model import set_constants, whole
+from model import Images, all_sum, check, checkpoint_layers, collate, encode_row, full, generate
+from model import init_distributed, load_model, load_optimizer, newest_checkpoint, parallelise, read_rows
+from model import rows_of_step, save_checkpoint, set_constants, whole
 
 # --- paths
 MODEL = "out/dift"  # run folder (its newest checkpoint is taken) or one checkpoint: where the policy starts
@@ -117,9 +117,9 @@ def grpo_loss(logp, old, ref, advantage, answer, count, epsilon, beta, kl="k3"):
     all devices, those with an empty T_i included. For T_0 of 2 tokens and T_1 of 1: answer [0, 0, 1].
     Latents have no log-probability, for a vector is not drawn from a distribution: no switch puts them here.
     """
-    lengths = torch.bincount(answer, minlength=len(advantage))  # (B,) |T_i|
     ratio = (logp - old).exp()  # (n,) ρ
     A = advantage[answer]  # (n,)
+    lengths = torch.zeros_like(advantage).index_add_(0, answer, torch.ones_like(A))  # (B,) |T_i|
     gain = torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)
     d = ref - logp
     divergence = d.exp() - d - 1 if kl == "k3" else -d  # (n,) KL_t
@@ -279,8 +279,9 @@ if __name__ == "__main__":
     check(fine, f"{told}; give the policy's own start.")
     core.net.model.visual = reference.net.model.visual  # frozen in both: one copy, one pass
     if CHECKPOINTING:
-        core.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model, _ = (parallelise(thinker, PARALLEL, device) for thinker in (core, reference))
+        checkpoint_layers(core.net)
+    model = parallelise(core, PARALLEL, device)
+    reference = parallelise(reference, PARALLEL, device) if PARALLEL == "fsdp" else reference
     images = Images(core, cache=True)
     trained = [parameter for parameter in core.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, LR, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
@@ -316,10 +317,12 @@ if __name__ == "__main__":
         if not CACHE_FEATURES:
             images.kept.clear()
 
-        # 1, 2: questions of this process, G answers to each
+        # 1, 2: questions of this process, by length so that little is padding, G answers to each
         model.eval()
-        mine = rows_of_step(step, len(rows), GLOBAL_BATCH, SEED)[rank::world]
-        prompts, groups = [encode_row(core, rows[index], answer=False) for index in mine], []
+        drawn = rows_of_step(step, len(rows), GLOBAL_BATCH, SEED)
+        drawn = [(index, encode_row(core, rows[index], answer=False)) for index in drawn]
+        drawn = sorted(drawn, key=lambda one: len(one[1]["ids"]))[rank::world]
+        (mine, prompts), groups = zip(*drawn), []
         with whole(core), autocast():
             for at in range(0, len(mine), ROLLOUT_BATCH):
                 part = slice(at, at + ROLLOUT_BATCH)
@@ -350,12 +353,12 @@ if __name__ == "__main__":
                     batch, latents, ref, old = kept[at]
                     logp = model(batch, latents, True, TEMPERATURE)[0]  # (n,)
                     old = kept[at][3] = logp.detach() if old is None else old
-                    answer = batch["is_text"].nonzero()[:, 0]  # (n,)
+                    answer = batch["text_at"] // batch["ids"].shape[1]  # (n,)
                     given = (advantage[part].flatten(), answer, GLOBAL_BATCH * G, EPSILON, BETA, KL)
                     loss, ratio, divergence = grpo_loss(logp, old, ref, *given)
                     (loss * world).backward()  # of processes the mean is taken, Eq. 10 the sum
                 sums += token_sums(loss, logp, ratio, divergence, EPSILON).to(device)
-            gnorm = full(torch.nn.utils.clip_grad_norm_(core.parameters(), CLIP)).item()
+            gnorm = full(torch.nn.utils.clip_grad_norm_(core.parameters(), CLIP))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -366,7 +369,7 @@ if __name__ == "__main__":
         loss, *tokens, n_text = all_sum(sums.tolist(), device)
         means = [x / max(1, n_text) for x in tokens]
         entry |= {"loss": loss / MU} | dict(zip(("ratio", "clip", "kl", "entropy"), means))
-        entry |= {"gnorm": gnorm, "lr": lr, "seconds": time.time() - began}
+        entry |= {"gnorm": gnorm.item(), "lr": lr, "seconds": time.time() - began}
         thousands = entry["length"] * GLOBAL_BATCH * G / 1e3  # positions of all answers, latents included
         entry |= {"rollout": thousands / (rolled - began), "update": thousands * MU / (time.time() - rolled)}
         if held_out.get("compound") and EVAL_EVERY and (step + 1) % EVAL_EVERY == 0:

@@ -41,7 +41,6 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -150,15 +149,13 @@ def parallelise(model, how, device):
     if not dist.is_initialized():
         return model
     if how == "ddp":
-        frozen = not any(parameter.requires_grad for parameter in model.parameters())
-        return model if frozen else DistributedDataParallel(model, find_unused_parameters=seeing)
-    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32)  # weights as used, gradients as summed
-    cut = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),))}
-    cut["mp_policy"] = half if device.type == "cuda" else MixedPrecisionPolicy()
-    parts = [fully_shard(layer, **cut) for layer in model.net.model.language_model.layers]
-    parts = [fully_shard(model, **cut, ignored_params=vision), *parts]
-    for part, before in zip(parts, [parts[-1], *parts]):  # by itself FSDP goes by what ran last: generation,
-        part.set_modules_to_backward_prefetch([before])  # which is not the same on all processes
+        return DistributedDataParallel(model, find_unused_parameters=seeing)
+    dtype = torch.bfloat16 if device.type == "cuda" else None
+    parts = [*model.net.model.language_model.layers, model]
+    for part in parts:
+        fully_shard(part, mp_policy=MixedPrecisionPolicy(dtype, torch.float32), ignored_params=vision)
+    for part, before in zip(parts, [model, *parts]):  # by itself FSDP prefetches what came before at last:
+        part.set_modules_to_backward_prefetch([before])  # in generation, not the same on all processes
     return model
 
 
@@ -472,6 +469,7 @@ def video_grid(row, config):
 def collate(samples, pad_id, side="right"):
     """Samples -> ids, is_text, is_latent, is_visual, is_real (B, T), positions (3, B, T), videos, overlays.
 
+    text_at, latent_at (n,): where is_text and is_latent are true in the B · T tokens, row after row.
     is_real of rows of 3 and 2 tokens: [[1, 1, 1], [1, 1, 0]]; padded left: [[1, 1, 1], [0, 1, 1]].
     """
     length = max(len(sample["ids"]) for sample in samples)
@@ -483,6 +481,8 @@ def collate(samples, pad_id, side="right"):
 
     batch = {"ids": stack("ids", pad_id), "positions": stack("positions", 0, dim=1)}
     batch |= {name: stack(name, False) for name in ("is_text", "is_latent", "is_visual", "is_real")}  # (B, T)
+    for name in ("text", "latent"):  # the same masks as places, found here: the device need not be asked
+        batch[f"{name}_at"] = batch[f"is_{name}"].flatten().nonzero()[:, 0]  # (n,) in all B · T
     batch["videos"] = [sample["video"] for sample in samples if sample["video"]]
     batch["overlays"] = [path for sample in samples for path in sample["overlays"]]
     return batch | {"where": samples[0]["where"]}
@@ -532,11 +532,17 @@ class Images:
 
 
 def to_device(batch, device):
-    """Moves the tensors of a batch, without waiting for the copy."""
-    return {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in batch.items()}
+    """Moves the tensors of a batch."""
+    return {name: x.to(device) if torch.is_tensor(x) else x for name, x in batch.items()}
 
 
 # ---------------------------------------------------------------- the model
+
+
+def checkpoint_layers(net):
+    """Activation checkpointing of every layer, by the library's name for it from 5.23 on, or the old one."""
+    enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def embed_patches(self, pixels):
@@ -688,24 +694,24 @@ class Thinker(nn.Module):
         """
         if not batch:
             return None
-        is_latent, is_text, is_real = batch["is_latent"], batch["is_text"], None
+        ids, text_at, latent_at, is_real = batch["ids"], batch["text_at"], batch["latent_at"], None
         features, targets, past, prompts = None, None, None, batch.get("prompts")
         if prompts:
-            past, before, is_real, _ = self.prefill(prompts, len(is_text) // len(prompts["ids"]))
+            past, before, is_real, _ = self.prefill(prompts, len(ids) // len(prompts["ids"]))
             is_real = torch.cat([is_real, batch["is_real"]], dim=1) if len(prompts["ids"]) > 1 else None
         else:
             features, targets = self.visual_inputs(batch)
         targets = targets if latents is None else latents
-        given, places = 0 if targets is None else len(targets), int(is_latent.sum())
+        given, places = 0 if targets is None else len(targets), len(latent_at)
         if given != places:  # the pitfall: imagery silently left out
             raise ValueError(f"{batch['where']}: {places} latent positions, {given} latents.")
-        x = self.embed(batch["ids"], batch["is_visual"], features, is_latent, targets)
+        x = self.embed(ids, batch["is_visual"], features, batch["is_latent"], targets)
         hidden = self.text(x, batch["positions"], is_real, past)  # (B, T, D)
         before = before if prompts else hidden[:, :1]  # a whole row's first token is nobody's target
-        hidden = torch.cat([before, hidden[:, :-1]], dim=1)  # position t-1 speaks about token t
-        rows, banned = hidden[is_text], self.banned if ban else None  # (n_text, D)
-        logp = token_logps(rows, self.net.lm_head, batch["ids"][is_text], banned, temperature)
-        return logp, hidden[is_latent], targets
+        hidden = torch.cat([before, hidden[:, :-1]], dim=1).flatten(0, 1)  # position t-1 speaks about token t
+        rows, banned = hidden[text_at], self.banned if ban else None  # (n_text, D)
+        logp = token_logps(rows, self.net.lm_head, ids.flatten()[text_at], banned, temperature)
+        return logp, hidden[latent_at], targets
 
 
 # ---------------------------------------------------------------- generation
@@ -750,7 +756,7 @@ def generate(model, samples, max_new, images=None, temperature=0.0, top_p=1.0, g
     left = torch.full((B,), -1, device=device)  # latents to feed; 0: the end is due, -1: outside a block
     block = torch.full((B,), -1, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
-    tokens, fed = [], []
+    tokens, fed, thinking = [], [], False
     for step in range(max_new):
         logits = model.net.lm_head(hidden).float().index_fill(-1, model.banned, -torch.inf)  # (B, V)
         token = pick(logits, uniform[:, step], temperature, top_p)
@@ -760,19 +766,21 @@ def generate(model, samples, max_new, images=None, temperature=0.0, top_p=1.0, g
         tokens.append(torch.stack([token, inside, ending, done]))
         starts = (token == ids["latent_start"]) & ~done
         x = model.net.model.language_model.embed_tokens(token)  # (B, D)
-        if inside.any():
+        if thinking:
             thought = model.feedback(hidden) if feed is None else feed(hidden, block, model.K - left)
             x = torch.where(inside[:, None], thought.to(x.dtype), x)
-            fed.append((step, x.float().cpu()))
+            fed.append((step, x.float()))
         block = block + starts
         left = torch.where(starts, model.K, torch.where(left >= 0, left - 1, left))
         done = done | ((token == ids["im_end"]) & ~inside & ~ending)
-        if done.all() or step == max_new - 1:
+        thinking, finished = torch.stack([(left > 0).any(), done.all()]).tolist()  # the one wait of a step
+        if finished or step == max_new - 1:
             break
         is_real = torch.cat([is_real, ~done[:, None]], dim=1)
         position = position + 1
         hidden = model.text(x[:, None], position.expand(3, -1)[..., None], is_real, past)[:, -1]
-    return [unpack_row(model, torch.stack(tokens)[..., row].cpu(), fed, row) for row in range(B)]
+    tokens, fed = torch.stack(tokens).cpu(), [(step, x.cpu()) for step, x in fed]
+    return [unpack_row(model, tokens[..., row], fed, row) for row in range(B)]
 
 
 def unpack_row(model, columns, fed, row):
@@ -888,11 +896,10 @@ def load_optimizer(folder, model, optimizer):
     """Puts the saved moments back, so that training goes on exactly; exits if the file is not there."""
     path = Path(folder) / "optimizer.safetensors"
     check(path.is_file(), f"There is no {path}, so training cannot go on; set RESUME=never to start afresh.")
-    tensors, fused = load_file(path), optimizer.defaults["fused"]
-    for name, parameter in model.net.named_parameters():
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            if f"{name}.{key}" in tensors:
-                x = tensors[f"{name}.{key}"].to("cpu" if key == "step" and not fused else parameter.device)
-                if isinstance(parameter, DTensor) and key != "step":
-                    x = distribute_tensor(x, parameter.device_mesh, parameter.placements)
-                optimizer.state[parameter][key] = x
+    parameters, fused = dict(model.net.named_parameters()), optimizer.defaults["fused"]
+    for file_name, x in load_file(path).items():
+        name, _, key = file_name.rpartition(".")  # "<name>.exp_avg", "<name>.exp_avg_sq", "<name>.step"
+        x = x.to("cpu" if key == "step" and not fused else parameters[name].device)
+        if isinstance(parameters[name], DTensor) and key != "step":
+            x = distribute_tensor(x, parameters[name].device_mesh, parameters[name].placements)
+        optimizer.state[parameters[name]][key] = x

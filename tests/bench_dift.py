@@ -26,7 +26,7 @@ from transformers import Qwen2_5_VLConfig
 from transformers import Qwen2_5_VLForConditionalGeneration as QwenVL
 
 from dift import dift_loss
-from model import Thinker, rope_positions
+from model import Thinker, checkpoint_layers, rope_positions
 
 REPEATS = 3  # after one step to warm up; the median counts
 K, W_CE, W_SIM = 4, 0.1, 1.0
@@ -90,6 +90,8 @@ def draw():
         "where": "row",
     }
     batch["is_text"] = (torch.arange(ids.shape[1]) >= len(prompt))[None] & ~batch["is_latent"]
+    for name in ("text", "latent"):
+        batch[f"{name}_at"] = batch[f"is_{name}"].flatten().nonzero()[:, 0]
     seconds = [2.0 * pair for pair in range(PAIRS)]
     segments = [BEFORE, (seconds, HEIGHT, WIDTH), ids.shape[1] - BEFORE - len(visual)]
     batch["positions"] = rope_positions(segments, 2)[:, None]
@@ -113,7 +115,7 @@ def our_step(net, batch):
 
 def common_step(net, batch):
     """The library's modules and its loss."""
-    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(net)
     grids, first = torch.tensor(batch["grids"]), PAIRS * 4 * HEIGHT * WIDTH
     labels = batch["ids"].masked_fill(~batch["is_text"], -100)
 

@@ -44,7 +44,7 @@ from transformers import DynamicCache
 import bench_dift
 import model as model_file
 from grpo4d import advantages, grpo_loss, pack
-from model import Images, Thinker, check, collate, generate, rope_positions, set_constants
+from model import Images, Thinker, check, checkpoint_layers, collate, generate, rope_positions, set_constants
 
 WAY = "both"  # both | naive | ours
 REPEATS = 3  # after one step to warm up; the median counts; 0: that one step
@@ -129,7 +129,7 @@ def our_phases(policy, frozen, prompt, pixels, answers):
         thinker.to(torch.get_default_device())
     core.net.model.visual = reference.net.model.visual  # one frozen copy, as in grpo4d.py
     if CHECKPOINTING:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(policy)
     images, sample, script = Pixels(core, cache=True), model_file.pick, itertools.cycle(answers.T)
     images.pixels = pixels
 
@@ -166,7 +166,7 @@ def our_phases(policy, frozen, prompt, pixels, answers):
 
 def naive_phases(policy, frozen, prompt, pixels, answers):
     """The common way: the library's modules over whole rows."""
-    policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(policy)
     special, grid = bench_dift.IDS, torch.tensor([video_grid])
     banned = torch.tensor([special[name] for name in ("latent_pad", "latent_end", "image_pad", "video_pad")])
     rows = collate([prompt] * G, special["endoftext"])  # the prompt, G times

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 import evaluate
 import model as model_py
-from dift import describe, dift_loss, log_line, lr_at, measure, narrow, rows_of_step, split_files
+from dift import describe, dift_loss, log_line, lr_at, measure, micro_batches, narrow, rows_of_step
+from dift import split_files
 from model import Images, collate, encode_row, load_images, load_model, newest_checkpoint, read_rows
 
 STEP_FIELDS = "loss ce sim norm_fed norm_true gnorm lr latents tokens".split()
@@ -135,6 +136,39 @@ def test_every_epoch_covers_the_rows_once():
     assert sorted(rows_of_step(0, 3, 9, seed=0)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+LENGTHS = [0, 3, 1, 14, 2, 9, 0, 5, 12, 1, 7, 2, 4, 11, 0, 6, 3, 8, 1, 10, 13, 2, 5, 0]  # sentences more
+
+
+def longer(rows, lengths=LENGTHS):
+    """Rows whose answers go on for that many sentences more."""
+    rows = [rows[index % len(rows)] | {"id": str(index)} for index in range(len(lengths))]
+    return [
+        row | {"text_output": row["text_output"] + " So it goes." * 2 * n} for row, n in zip(rows, lengths)
+    ]
+
+
+def test_rows_of_one_length_stand_together(tiny, rows):
+    """Two processes, micro-batches of 3: padding is below 10 %; cut as they are drawn, above 15 %."""
+    model, some = lively(tiny), longer(rows)
+    images, letters = Images(model, cache=True), torch.tensor([], dtype=torch.long)
+    parts = [micro_batches(model, images, some, letters, 3, rank, 2) for rank in (0, 1)]
+    assert parts[0][1] == parts[1][1]  # counts of the whole step, on each process
+    batches = [batch for batches, _ in parts for batch in batches]
+    assert [len(batch["ids"]) for batch in batches] == [3] * 8
+    seen = sorted(tuple(ids[real].tolist()) for b in batches for ids, real in zip(b["ids"], b["is_real"]))
+    samples = [encode_row(model, row) for row in some]
+    assert seen == sorted(tuple(sample["ids"].tolist()) for sample in samples)  # each row once
+    counts = [
+        sum(int(sample[name].sum()) for sample in samples) for name in ("is_text", "is_latent", "is_real")
+    ]
+    assert parts[0][1] == counts
+    as_drawn = [collate(samples[at : at + 3], 0) for at in range(0, len(samples), 3)]
+    shares = [1 - counts[2] / sum(batch["ids"].numel() for batch in made) for made in (batches, as_drawn)]
+    assert shares[0] < 0.1 and shares[1] > 0.15, shares
+    alone = [[len(batch["ids"]), batch["ids"].shape[1]] for batch in parts[0][0]]
+    assert alone == sorted(alone)  # and so equal work for both processes, up to a row
+
+
 def test_files_of_a_folder_and_of_a_lone_file(tmp_path):
     train, test = split_files(tmp_path, "verbal")
     assert (train, test) == (tmp_path / "train_verbal.jsonl", tmp_path / "test_verbal.jsonl")
@@ -232,6 +266,7 @@ def test_a_step_trains_the_text_and_leaves_vision_alone(tiny, plain):
     assert [entry["step"] for entry in log] == [1, 2, 3]
     for entry in log:
         assert entry["loss"] == pytest.approx(entry["ce"] + entry["sim"])
+        assert 0 < entry["padding"] < 1
         assert all(math.isfinite(entry[name]) for name in [*STEP_FIELDS, "cosine", "seconds"])
     assert [entry["lr"] for entry in log] == pytest.approx([lr_at(step, 3, 50, 1e-3) for step in range(3)])
     assert log[2]["ce"] < log[0]["ce"] == pytest.approx(math.log(448), abs=0.3)
@@ -251,7 +286,10 @@ def test_the_run_says_what_it_does(tiny, tmp_path, capsys):
     "change", ["MICRO_BATCH=2", "MICRO_BATCH=3", "CHECKPOINTING=True", "CACHE_FEATURES=False"]
 )
 def test_a_step_does_not_depend_on(tiny, tmp_path, plain, change):
-    assert_equal_runs(train(tiny, tmp_path / "run", change), plain)
+    mine = train(tiny, tmp_path / "run", change)
+    assert_equal_runs(mine, plain)
+    for one, other in zip(mine[0], plain[0]):  # smaller micro-batches hold less padding
+        assert one["padding"] < other["padding"] if "MICRO" in change else one["padding"] == other["padding"]
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])

@@ -720,8 +720,12 @@ def test_two_updates_of_a_rollout_equal_a_naive_loop(world, tmp_path, monkeypatc
     # the answers are those that the dice give at this temperature, from the full softmax
     policy, reference = load_model(world / "dift"), load_model(world / "other").requires_grad_(False)
     rows = read_rows(world / "rl.jsonl")
-    chosen = rows_of_step(0, len(rows), 4, seed=2)
-    made, prompts = rollouts[0], [encode_row(policy, rows[index], answer=False) for index in chosen]
+    asked = {
+        index: encode_row(policy, rows[index], answer=False)
+        for index in rows_of_step(0, len(rows), 4, seed=2)
+    }
+    chosen = sorted(asked, key=lambda index: len(asked[index]["ids"]))
+    made, prompts = rollouts[0], [asked[index] for index in chosen]
     assert {(answer["cut"], len(answer["latents"]) > 0) for answer in made} >= {(True, True), (False, True)}
     generators = [dice(2, 0, index, number) for index in chosen for number in range(3)]
     same = real(policy, prompts, 20, temperature=HOT, generators=generators)

@@ -8,17 +8,28 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import N, draw_image, lively, make_world, refused, write_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import model as model_py
-from model import Images, collate, encode_row, generate, load_images, load_model, load_optimizer
-from model import newest_checkpoint, pair_seconds, parse_constant, patchify, pick, pool_latents, read_rows
+from model import Images, checkpoint_layers, collate, encode_row, generate, load_images, load_model
+from model import (
+    load_optimizer,
+    newest_checkpoint,
+    pair_seconds,
+    parse_constant,
+    patchify,
+    pick,
+    pool_latents,
+    read_rows,
+)
 from model import rope_positions, save_checkpoint, set_constants, shrink_size, token_logps
 
 
@@ -692,6 +703,38 @@ def test_chunked_log_probabilities_equal_the_whole(temperature, ban):
             assert torch.allclose(mine, expected, atol=1e-5)
 
 
+class Answers(TorchDispatchMode):
+    """Notes each operation whose result Python has to know, for which it would wait for a GPU."""
+
+    asked = "_local_scalar_dense nonzero masked_select unique _unique2 unique_consecutive bincount".split()
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        name = call.__name__.split(".")[0]
+        by_mask = name.startswith("index") and any(
+            x.dtype == torch.bool for x in args[1] if torch.is_tensor(x)
+        )
+        self.found += [name] * (name in self.asked or by_mask)
+        return call(*args, **(kwargs or {}))
+
+
+def test_forward_and_backward_do_not_wait_for_the_device(tiny, rows):
+    model = lively(tiny)
+    batch = Images(model, cache=True).add(
+        collate([encode_row(model, row) for row in rows[:3]], model.ids["pad"])
+    )
+    with Answers() as answers:
+        logp, imagined, targets = model(batch)
+        (logp.sum() + F.cosine_similarity(imagined, targets, dim=-1).sum()).backward()
+    assert answers.found == [] and model.net.get_input_embeddings().weight.grad.abs().sum() > 0
+    with Answers() as answers:  # and the test can see it
+        logp[logp > 0].sum().item()
+    assert answers.found == ["index", "_local_scalar_dense"]
+
+
 @pytest.mark.parametrize("given", [0, 4, 11, 13])
 def test_another_number_of_latents_raises(model, rows, given):
     batch = batch_of(model, rows[:2])  # three overlays
@@ -722,7 +765,7 @@ def test_more_memory_for_less_time_changes_nothing(tiny, rows):
     for on in (False, True):
         model = lively(tiny)
         if on:
-            model.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(model.net)
         model.train()
         logp, imagined, _ = model(batch_of(model, rows[:2]))
         (logp.sum() + imagined.sum()).backward()
