@@ -167,6 +167,7 @@ if __name__ == "__main__":
     rank, world, device = init_distributed()
     for name, known in {"RESUME": "auto never", "SUPERVISE": "all letters", "PARALLEL": "ddp fsdp"}.items():
         check(constants[name] in known.split(), f"{name}={constants[name]} is none of: {known}.")
+    check(PARALLEL == "ddp" or not TRAIN_VISION, "PARALLEL=fsdp needs frozen vision; set PARALLEL=ddp.")
     check(GLOBAL_BATCH % world == 0, f"GLOBAL_BATCH={GLOBAL_BATCH} is no multiple of the {world} processes.")
     say = functools.partial(print, flush=True) if rank == 0 else lambda *words, **how: None
 
@@ -250,8 +251,7 @@ if __name__ == "__main__":
         # the log of a step, and at times retrieval@1 and a checkpoint
         *parts, positions = all_sum([*sums.tolist(), sum(batch["ids"].numel() for batch in batches)], device)
         parts[3:] = [x / max(1, n_latent) for x in parts[3:]]
-        names = ("loss", "ce", "sim", "cosine", "norm_fed", "norm_true")
-        entry = {"step": step + 1} | dict(zip(names, parts))
+        entry = {"step": step + 1} | dict(zip("loss ce sim cosine norm_fed norm_true".split(), parts))
         if MATCH_NORM and n_latent:
             core.net.config.latent_norm = parts[5]
         if test_rows and n_latent and EVAL_EVERY and (step + 1) % EVAL_EVERY == 0:

@@ -459,7 +459,7 @@ def true_latents(model, rows, indices, images=None):
     distinct = list(dict.fromkeys(name for own in names for name in own))
     images.fill(distinct, rows[indices[0]]["where"], model.banned.device)
     none = torch.zeros(0, model.K, model.net.config.text_config.hidden_size)
-    return [torch.cat([none, *(images.kept[name][1][None].float() for name in own)]) for own in names]
+    return [torch.cat([none, *(images.kept[name]["latents"][None].float() for name in own)]) for own in names]
 
 
 def centre(x, gallery):
@@ -687,7 +687,7 @@ def video_tokens(model, row, images):
     """Visual tokens of a row's video (t, h, w, D), and the mean of its frame pairs as latents (K, D)."""
     key, (t, h, w) = tuple(row["image_input"]), video_grid(row, model.net.config)
     images.fill([key], row["where"], model.banned.device)
-    pairs = images.kept[key][0].float().chunk(t)  # (h·w, D) each
+    pairs = images.kept[key]["features"].float().chunk(t)  # (h·w, D) each
     pooled = torch.stack([model.pool(pair, (1, h, w)) for pair in pairs])  # (t, K, D)
     merge = model.net.config.vision_config.spatial_merge_size
     return torch.stack(pairs).unflatten(1, (h // merge, -1)), F.normalize(pooled, dim=-1).mean(dim=0)

@@ -17,7 +17,6 @@ Differs from the paper:
 
 import ast
 import atexit
-import contextlib
 import csv
 import difflib
 import functools
@@ -29,6 +28,7 @@ import re
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,9 +41,6 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import AddedToken, AutoTokenizer, DynamicCache
 from transformers import Qwen2_5_VLForConditionalGeneration as QwenVL
@@ -139,44 +136,28 @@ def all_sum(values, device="cpu"):
 def parallelise(model, how, device):
     """Spreads a Thinker over the torchrun processes, if there are any -> what training calls.
 
-    ddp: DDP's wrapper; every process holds all, gradients are averaged. fsdp (FSDP2): the model itself, its
-    weights, gradients and moments cut over the processes, layer by layer; fp32, bf16 arithmetic on a GPU.
-    Frozen vision stays whole, so that each process may encode images when it needs to.
+    ddp: DDP's wrapper; every process holds all, gradients are averaged. fsdp: assets/fsdp.py cuts it up.
     """
-    vision = set(model.net.model.visual.parameters())
-    seeing = any(parameter.requires_grad for parameter in vision)
-    check(how != "fsdp" or not seeing, "PARALLEL=fsdp needs frozen vision; set PARALLEL=ddp to train it.")
-    if not dist.is_initialized():
-        return model
-    if how == "ddp":
-        return DistributedDataParallel(model, find_unused_parameters=seeing)
-    dtype = torch.bfloat16 if device.type == "cuda" else None
-    parts = [*model.net.model.language_model.layers, model]
-    for part in parts:
-        fully_shard(part, mp_policy=MixedPrecisionPolicy(dtype, torch.float32), ignored_params=vision)
-    for part, before in zip(parts, [model, *parts]):  # by itself FSDP prefetches what came before at last:
-        part.set_modules_to_backward_prefetch([before])  # in generation, not the same on all processes
-    return model
+    if how == "fsdp" and dist.is_initialized():
+        return import_module("assets.fsdp").shard(model, device)
+    seeing = any(parameter.requires_grad for parameter in model.net.model.visual.parameters())
+    ddp = functools.partial(nn.parallel.DistributedDataParallel, find_unused_parameters=seeing)
+    return ddp(model) if dist.is_initialized() else model
 
 
-@contextlib.contextmanager
 def whole(model):
-    """Within it every process holds all of a model that FSDP cuts up, and generates or not as it likes."""
-    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
-    if parts:
-        model({})  # FSDP takes the module that is called first for the outermost one
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    yield
-    for part in parts:
-        part.set_reshard_after_forward(part is not model, recurse=False)
-        part.reshard()
+    """A context in which every process holds all of a model, cut up or not, and may generate with it."""
+    return import_module("assets.fsdp").whole(model) if hasattr(model, "unshard") else nullcontext()
 
 
 def full(x):
-    """A tensor that FSDP cuts up, as a whole on every process; any other as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    """A tensor that FSDP cuts up (a DTensor), as a whole on every process; any other as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def cut_like(x, other):
+    """A whole tensor, cut up as `other` is, if it is."""
+    return import_module("assets.fsdp").distribute(x, other) if hasattr(other, "full_tensor") else x
 
 
 def to_rank_0(tensors):
@@ -286,34 +267,25 @@ def find_file(name, folder, where):
 
 def rows_of_step(step, count, batch, seed):
     """Indices of a step's global batch: a walk through one shuffle per epoch, a function of (seed, step)."""
-    positions = range(step * batch, (step + 1) * batch)
-    return [epoch_order(seed, position // count, count)[position % count] for position in positions]
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, count):
-    """The order of the rows in one epoch."""
-    return random.Random(f"{seed}-{epoch}").sample(range(count), count)
+    walk = [divmod(position, count) for position in range(step * batch, (step + 1) * batch)]
+    orders = {epoch: random.Random(f"{seed}-{epoch}").sample(range(count), count) for epoch, _ in walk}
+    return [orders[epoch][position] for epoch, position in walk]
 
 
 # ---------------------------------------------------------------- pixels
 
 
-def shrink_size(width, height, factor, max_pixels):
-    """Release: a frame of over max_pixels is scaled down, sides floored to `factor` -> (width, height)."""
-    if width * height <= max_pixels:
-        return width, height
-    scale = math.sqrt(max_pixels / (width * height))
-    return tuple(max(factor, int(side * scale) // factor * factor) for side in (width, height))
-
-
 def frame_sizes(size, config):
-    """(width, height) of a frame after the release's step and after the library's smart_resize."""
-    vision = config.vision_config
-    factor = vision.patch_size * vision.spatial_merge_size
-    width, height = shrink_size(*size, factor, config.max_pixels)
-    smart = smart_resize(height, width, factor, config.min_pixels, config.max_pixels)
-    return (width, height), smart[::-1]
+    """(width, height) of a frame after the release's step and after the library's smart_resize.
+
+    Release: a frame of more than max_pixels is scaled down to them, its sides floored to whole tokens.
+    """
+    factor = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    scale = math.sqrt(config.max_pixels / math.prod(size))
+    if scale < 1:
+        size = tuple(max(factor, int(side * scale) // factor * factor) for side in size)
+    smart = smart_resize(size[1], size[0], factor, config.min_pixels, config.max_pixels)
+    return size, smart[::-1]
 
 
 def resize(image, config):
@@ -331,24 +303,26 @@ def patchify(frames, patch, merge, pair):
     """
     frames = frames.astype(np.float32) * (1 / 255)
     frames = (frames - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-    missing = np.repeat(frames[-1:], -len(frames) % pair, axis=0)
-    frames = np.concatenate([frames, missing])  # (t·pair, H, W, 3)
+    frames = np.pad(frames, ((0, -len(frames) % pair), (0, 0), (0, 0), (0, 0)), "edge")  # (t·pair, H, W, 3)
     t, h, w = len(frames) // pair, frames.shape[1] // patch, frames.shape[2] // patch
     x = frames.reshape(t, pair, h // merge, merge, patch, w // merge, merge, patch, 3)
     x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/m, w/m, m, m, 3, pair, patch, patch)
     return torch.from_numpy(np.ascontiguousarray(x).reshape(t * h * w, -1)), (t, h, w)
 
 
+def open_image(path, where):
+    """An image file -> PIL image, RGB; exits on a bad one."""
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError:
+        sys.exit(f"{where}: {path} is not a readable image; make it again or drop the row.")
+
+
 def load_images(paths, config, where=""):
     """Files of one video or overlay -> patches (P, 3·pair·patch²), grid (t, h, w); exits on a bad file."""
     vision, frames = config.vision_config, []
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-        except OSError:
-            sys.exit(f"{where}: {path} is not a readable image; make it again or drop the row.")
-        image = resize(image, config)
+        image = resize(open_image(path, where), config)
         size = frames[0].size if frames else image.size  # a video has one size: its first frame's
         frames.append(image.resize(size, Image.Resampling.BICUBIC))
     frames = np.stack([np.asarray(image) for image in frames])
@@ -456,12 +430,8 @@ def encode_row(model, row, answer=True):
 
 def video_grid(row, config):
     """Patches (t, h, w) of a row's video from the size of its first frame alone."""
-    path, vision = row["image_input"][0], config.vision_config
-    try:
-        with Image.open(path) as image:
-            _, (width, height) = frame_sizes(image.size, config)
-    except OSError:
-        sys.exit(f"{row['where']}: {path} is not a readable image; make it again or drop the row.")
+    vision, image = config.vision_config, open_image(row["image_input"][0], row["where"])
+    _, (width, height) = frame_sizes(image.size, config)
     t = math.ceil(len(row["image_input"]) / vision.temporal_patch_size)
     return t, height // vision.patch_size, width // vision.patch_size
 
@@ -484,7 +454,7 @@ def collate(samples, pad_id, side="right"):
     for name in ("text", "latent"):  # the same masks as places, found here: the device need not be asked
         batch[f"{name}_at"] = batch[f"is_{name}"].flatten().nonzero()[:, 0]  # (n,) in all B · T
     batch["videos"] = [sample["video"] for sample in samples if sample["video"]]
-    batch["overlays"] = [path for sample in samples for path in sample["overlays"]]
+    batch["overlays"] = [(path,) for sample in samples for path in sample["overlays"]]
     return batch | {"where": samples[0]["where"]}
 
 
@@ -500,18 +470,17 @@ class Images:
 
     def add(self, batch, device="cpu"):
         """Adds `pixels`, `grids` and which image goes where; or, cached, `features` and `latents` (n, D)."""
-        items = list(dict.fromkeys([*batch["videos"], *((path,) for path in batch["overlays"])]))
-        if items and not self.cache:
+        videos, overlays = batch["videos"], batch["overlays"]
+        items = list(dict.fromkeys([*videos, *overlays]))
+        if self.cache:
+            self.fill(items, batch["where"], device)
+            for name, some in (("features", videos), ("latents", overlays)):
+                batch |= {name: torch.cat([self.kept[item][name] for item in some])} if some else {}
+        elif items:
             batch |= self.load(items, batch["where"])
-            batch["video_items"] = [items.index(video) for video in batch["videos"]]
-            batch["overlay_items"] = [items.index((path,)) for path in batch["overlays"]]
-            return to_device(batch, device)
-        self.fill(items, batch["where"], device)
-        if batch["videos"]:
-            batch["features"] = torch.cat([self.kept[video][0] for video in batch["videos"]])
-        if batch["overlays"]:
-            batch["latents"] = torch.cat([self.kept[(path,)][1] for path in batch["overlays"]])
-        return to_device(batch, device)
+            batch["video_items"] = [items.index(video) for video in videos]
+            batch["overlay_items"] = [items.index(overlay) for overlay in overlays]
+        return {name: x.to(device) if torch.is_tensor(x) else x for name, x in batch.items()}
 
     def load(self, items, where):
         """Patches of several videos and overlays, one after the other, and their grids (n, 3)."""
@@ -527,13 +496,8 @@ class Images:
         loaded = self.load(new, where)
         features = self.model.encode(loaded["pixels"].to(device), loaded["grids"])
         for item, feature, grid in zip(new, features, loaded["grids"]):
-            pooled = self.model.pool(feature, grid) if len(item) == 1 and self.model.K else None
-            self.kept[item] = (feature.cpu(), None if pooled is None else pooled.cpu())
-
-
-def to_device(batch, device):
-    """Moves the tensors of a batch."""
-    return {name: x.to(device) if torch.is_tensor(x) else x for name, x in batch.items()}
+            pooled = self.model.pool(feature, grid).cpu() if len(item) == 1 and self.model.K else None
+            self.kept[item] = {"features": feature.cpu(), "latents": pooled}
 
 
 # ---------------------------------------------------------------- the model
@@ -653,10 +617,9 @@ class Thinker(nn.Module):
         """Token embeddings (B, T, D) with visual features and latents (n, D), in row order, put in place."""
         words, tied = self.net.get_input_embeddings().weight, self.net.config.tie_word_embeddings
         x = F.embedding(ids, words, sparse=tied)  # (B, T, D); sparse: a gradient of these rows, not of all
-        if features is not None:
-            x = x.masked_scatter(is_visual[..., None], features.to(x.dtype))
-        if latents is not None:
-            x = x.masked_scatter(is_latent[..., None], latents.to(x.dtype))
+        for places, values in ((is_visual, features), (is_latent, latents)):
+            if values is not None:
+                x = x.masked_scatter(places[..., None], values.to(x.dtype))
         return x
 
     def text(self, x, positions, is_real=None, past=None):
@@ -690,10 +653,8 @@ class Thinker(nn.Module):
         logp: of every supervised token given what stands before it; imagined: h_{t-1} at latent positions t;
         targets: z_t, also the input at t (Eq. 7), or the given `latents` (n, D) as they were sampled (4DRL).
         With batch["prompts"] (padded left) the rows are answers to them, G to each, and each prompt is read
-        once. An empty batch does nothing (see `whole`).
+        once.
         """
-        if not batch:
-            return None
         ids, text_at, latent_at, is_real = batch["ids"], batch["text_at"], batch["latent_at"], None
         features, targets, past, prompts = None, None, None, batch.get("prompts")
         if prompts:
@@ -728,9 +689,8 @@ def pick(logits, uniform, temperature, top_p):
     if top_p < 1:
         p, order = p.sort(dim=-1, descending=True)
         p = p * (p.cumsum(dim=-1) - p < top_p)
-    cumulative = p.cumsum(dim=-1)
-    index = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    index = index.clamp(max=logits.shape[-1] - 1)
+    upto = p.cumsum(dim=-1)
+    index = torch.searchsorted(upto, uniform[:, None] * upto[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
     return (index if order is None else order.gather(1, index))[:, 0]
 
 
@@ -747,8 +707,7 @@ def generate(model, samples, max_new, images=None, temperature=0.0, top_p=1.0, g
     is_sampled (lists), latents (n, D) as fed, text, cut (max_new came first).
     """
     device, ids = model.banned.device, model.ids
-    images = images or Images(model)
-    batch = images.add(collate(samples, ids["pad"], "left"), device)
+    batch = (images or Images(model)).add(collate(samples, ids["pad"], "left"), device)
     past, hidden, is_real, position = model.prefill(batch, max(1, len(generators or ()) // len(samples)))
     hidden, B = hidden[:, 0], len(hidden)  # (B, D)
     dice = [torch.rand(max_new, generator=g, dtype=torch.float64) for g in generators or ()]
@@ -846,16 +805,11 @@ def set_latent_config(net, tok, path, K, pooling):
         config.latent_size, config.latent_pooling = K, pooling
         if len(tok) > net.get_input_embeddings().num_embeddings:
             net.resize_token_embeddings(len(tok), mean_resizing=False)
-        start_rows(net, list(ids.values()))
+        with torch.no_grad():  # new rows start at the mean of those before them, in an untied head too
+            for table in {net.get_input_embeddings().weight, net.get_output_embeddings().weight}:
+                table[list(ids.values())] = table[: min(ids.values())].mean(dim=0)
     for field, token in ids.items():
         setattr(config, field, token)
-
-
-@torch.no_grad()
-def start_rows(net, ids):
-    """New token rows start at the mean of the rows before them, in the input table and in an untied head."""
-    for table in {net.get_input_embeddings().weight, net.get_output_embeddings().weight}:
-        table[ids] = table[: min(ids)].mean(dim=0)
 
 
 def save_checkpoint(out, step, model, run, optimizer=None, keep=2):
@@ -865,15 +819,16 @@ def save_checkpoint(out, step, model, run, optimizer=None, keep=2):
     writes: the same files for one process, DDP and FSDP.
     """
     folder, unfinished = Path(out) / f"step_{step:06d}", Path(out) / f".unfinished_{step:06d}"
-    weights = to_rank_0(dict(model.net.named_parameters()))
-    moments = to_rank_0(optimizer_tensors(model, optimizer)) if optimizer else {}
+    weights, states = dict(model.net.named_parameters()), optimizer.state if optimizer else {}
+    moments = {f"{name}.{key}": v for name, x in weights.items() for key, v in states.get(x, {}).items()}
+    weights, moments = to_rank_0(weights), to_rank_0(moments)
     if weights:
         shutil.rmtree(unfinished, ignore_errors=True)
         model.net.save_pretrained(unfinished, state_dict=weights)
         model.tok.save_pretrained(unfinished)
         config = json.loads((unfinished / "config.json").read_text()) | {"run": run | {"step": step}}
         (unfinished / "config.json").write_text(json.dumps(config, indent=1))
-        if optimizer is not None:
+        if optimizer:
             save_file(moments, unfinished / "optimizer.safetensors")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
@@ -881,15 +836,8 @@ def save_checkpoint(out, step, model, run, optimizer=None, keep=2):
         kept = [path for path in steps if path <= folder][-keep:]  # a later step is of a run that was left
         for old in set(steps) - set(kept):
             shutil.rmtree(old)
-    if dist.is_initialized():
-        dist.barrier()
+    all_sum([0], model.banned.device)  # all wait for it
     return folder
-
-
-def optimizer_tensors(model, optimizer):
-    """AdamW's moments and step counts by parameter name: {"<name>.exp_avg": tensor, ...}."""
-    states = {name: optimizer.state.get(x, {}) for name, x in model.net.named_parameters()}
-    return {f"{name}.{key}": x for name, kept in states.items() for key, x in kept.items()}
 
 
 def load_optimizer(folder, model, optimizer):
@@ -900,6 +848,4 @@ def load_optimizer(folder, model, optimizer):
     for file_name, x in load_file(path).items():
         name, _, key = file_name.rpartition(".")  # "<name>.exp_avg", "<name>.exp_avg_sq", "<name>.step"
         x = x.to("cpu" if key == "step" and not fused else parameters[name].device)
-        if isinstance(parameters[name], DTensor) and key != "step":
-            x = distribute_tensor(x, parameters[name].device_mesh, parameters[name].placements)
-        optimizer.state[parameters[name]][key] = x
+        optimizer.state[parameters[name]][key] = x if key == "step" else cut_like(x, parameters[name])

@@ -19,7 +19,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionA
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import model as model_py
-from model import Images, checkpoint_layers, collate, encode_row, generate, load_images, load_model
+from model import Images, checkpoint_layers, collate, encode_row, frame_sizes, generate, load_images
+from model import load_model
 from model import (
     load_optimizer,
     newest_checkpoint,
@@ -30,7 +31,7 @@ from model import (
     pool_latents,
     read_rows,
 )
-from model import rope_positions, save_checkpoint, set_constants, shrink_size, token_logps
+from model import rope_positions, save_checkpoint, set_constants, token_logps
 
 
 @pytest.fixture(scope="module")
@@ -282,11 +283,12 @@ def test_patches_equal_the_library_processor(tmp_path, patch, low, high, size):
 
 def test_large_frames_shrink_as_in_the_release(tmp_path):
     """200 x 150 at 3136 pixels: sqrt(3136 / 30000) = 0.323 gives 64.7 x 48.5, in whole 14s 56 x 42."""
-    assert shrink_size(200, 150, 14, 3136) == (56, 42)
-    assert shrink_size(150, 200, 14, 3136) == (42, 56)
-    assert shrink_size(56, 56, 14, 3136) == (56, 56)
-    assert shrink_size(57, 56, 14, 3136) == (56, 42)  # 0.991 · (57, 56) = (56.5, 55.5)
-    assert shrink_size(4000, 10, 14, 3136) == (1106, 14)
+    config = vision_config(tmp_path, 7)  # 196 to 3136 pixels, tokens of 14
+    assert frame_sizes((200, 150), config) == ((56, 42), (56, 42))
+    assert frame_sizes((150, 200), config) == ((42, 56), (42, 56))
+    assert frame_sizes((56, 56), config) == ((56, 56), (56, 56))
+    assert frame_sizes((57, 56), config)[0] == (56, 42)  # 0.991 · (57, 56) = (56.5, 55.5)
+    assert frame_sizes((4000, 10), config)[0] == (1106, 14)
 
 
 def test_large_frames_are_lanczos_then_as_the_library(tmp_path):
@@ -531,7 +533,7 @@ def test_collate_pads_either_side():
     assert right["positions"].shape == (3, 2, 3)
     assert right["positions"][0].tolist() == [[5, 6, 7], [5, 6, 0]]
     assert left["positions"][2].tolist() == [[5, 6, 7], [0, 5, 6]]
-    assert right["videos"] == [("v3",), ("v2",)] and right["overlays"] == ["o3", "o", "o2", "o"]
+    assert right["videos"] == [("v3",), ("v2",)] and right["overlays"] == [("o3",), ("o",), ("o2",), ("o",)]
 
 
 # ---------------------------------------------------------------- vision
