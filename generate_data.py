@@ -21,7 +21,7 @@ all. A killed run continues when started again.
 Differs from the paper:
 - labels and questions come from geometry; so do chains of thought, from templates, unless ANNOTATOR="api"
   lets a large model name the objects, check the overlays and write the reasoning.
-- the toy world's masks, poses and paths are exact; real masks come from motion alone, files or SAM3.
+- the toy world's masks, poses and paths are exact; real masks come from motion, files or SAM3.
 - the overlay check (Eq. 2) starts with sizes: a mask that is tiny or far from the clip's median is dropped.
 - camera labels that the landmark's own displacement contradicts (Eq. 3) are dropped.
 - each text exists without imagery and with words for places; option sets do not tell the truth by
@@ -44,11 +44,15 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image
 
+sys.path.append(str(Path(__file__).resolve().with_name("assets")))
+
+import ask_endpoint
+import segment_files
+import spatialvid
 from model import check, read_table, set_constants
 
 # paths
@@ -80,7 +84,7 @@ HIDDEN_AREA = 0.005  # below this share of the frame a thing is called hidden (o
 LINES = (20, 90, 165, 235)  # greys of upright viewfinder lines, left to right: so that x can be seen (ours)
 NOISE = 4.0  # standard deviation of the pixel noise, of 255 (ours)
 # real footage
-SEGMENTER = "motion"  # "motion" (crude, needs no masks) | "files" | "sam3": assets/segment_<this>.py (ours)
+SEGMENTER = "motion"  # "motion" (crude, needs no masks) | "files" | "dyn" | "sam3": assets/segment_<this>.py
 WEIGHTS = "facebook/sam3"  # of a segmenter that has some: their folder, or their name on the hub (gated)
 ANNOTATOR = "template"  # "template" | "api": who names objects, checks overlays and writes the reasoning
 BASE_URL = "https://api.openai.com/v1"  # OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY
@@ -108,7 +112,6 @@ SEED = 0  # every clip's generator is a function of (SEED, split, number)
 WORKERS = os.cpu_count()  # processes; the files do not depend on it
 
 ASSETS = Path(__file__).resolve().with_name("assets")
-sys.path.append(str(ASSETS))
 PHRASES, WORDS = (json.loads((ASSETS / f"{name}.json").read_text()) for name in ("phrases", "vocabulary"))
 DIRECTIONS, DISTANCES, COLOURS, SHAPES = (WORDS[n] for n in ("direction", "distance", "colour", "shape"))
 MOVES, X_WORDS, Y_WORDS = list(WORDS["move"]), WORDS["x"], WORDS["y"]
@@ -120,7 +123,7 @@ VOCABULARY = {name: list(words) for name, words in WORDS.items()} | {"single": M
 # a split's place seeds its clips; the last two are those of assets/make_tiny.py
 SPLITS = ["train", "test", "rl_train", "rl_test", "pretrain", "pretrain_test"]
 FORMS = ["imagery", "noimage", "verbal"]
-SPENT = Counter()  # frames decoded and seconds of it, in this process
+SPENT = Counter()  # what was done in this process and the seconds it took, by `spend`
 
 # ---------------------------------------------------------------- toy world: rays, shapes, light
 
@@ -714,14 +717,9 @@ def question_rows(jobs):
     return items, {"questions are about videos that are not in VIDEOS": lost} if lost else {}
 
 
-def read_notes(folder):
-    """A clip's annotations in SpatialVID's files -> {"indexes": (T,), "poses": (T, 7), ...}, if there."""
-    readers = {"indexes.txt": lambda path: np.loadtxt(path, int, ndmin=2)[:, 1]}
-    readers |= {"poses.npy": np.load, "intrinsics.npy": np.load}
-    readers |= dict.fromkeys(["instructions.json", "objects.json"], lambda path: json.loads(path.read_text()))
-    optional = ["objects.json"] if SOURCE == "spatialvid" else readers
-    names = [name for name in readers if name not in optional or (folder / name).exists()]
-    return {name.split(".")[0]: readers[name](folder / name) for name in names}
+def spend(unit, count, begun):
+    """Counts work of this process and its seconds since `begun`, for the rates at the end."""
+    SPENT.update({unit: count, f"seconds of {unit}": time.time() - begun})
 
 
 def read_video(path, indexes=None):
@@ -734,7 +732,7 @@ def read_video(path, indexes=None):
         wanted = np.arange(times[0], times[-1] + 1e-6, 1 / SAMPLE_FPS)
         indexes = np.unique(np.searchsorted(times, wanted - 1e-6).clip(max=len(times) - 1))
     frames = [Image.fromarray(frame) for frame in reader.get_batch(indexes).asnumpy()]
-    SPENT.update(frames=len(frames), seconds=time.time() - begun)
+    spend("frames", len(frames), begun)
     for frame in frames:
         frame.thumbnail((MAX_SIDE, MAX_SIDE), Image.LANCZOS)
     return np.stack([np.asarray(frame) for frame in frames]), np.round(times[indexes], 3)
@@ -760,21 +758,11 @@ def consistent(masks):
 
 
 def post(body):
-    """Sends a request to BASE_URL, again and later while it fails -> the reply's text; exits in the end."""
-    key = os.getenv("OPENAI_API_KEY", "")
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    request = Request(f"{BASE_URL.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
-    for wait in WAITS:
-        time.sleep(wait)
-        try:
-            with urlopen(request, timeout=TIMEOUT) as answer:
-                reply = json.load(answer)
-            SPENT.update(requests=1, tokens=(reply.get("usage") or {}).get("total_tokens", 0))
-            return str(reply["choices"][0]["message"]["content"])
-        except Exception as error:  # of the network, of HTTP or of the reply's form
-            trouble, code = type(error).__name__, getattr(error, "code", 500)
-            check(code in (408, 429) or code >= 500, f"BASE_URL={BASE_URL} refuses the request: HTTP {code}.")
-    sys.exit(f"BASE_URL={BASE_URL} failed {len(WAITS)} times ({trouble}); nothing paid is lost, start again.")
+    """Sends a request to BASE_URL and counts what it took -> the reply's text."""
+    begun = time.time()
+    text = ask_endpoint.post(BASE_URL, body, WAITS, TIMEOUT, SPENT)
+    spend("requests", 0, begun)  # they are counted where they are sent
+    return text
 
 
 def ask(prompt, frames, masks, numbers, accept, **fields):
@@ -815,16 +803,16 @@ def spread(items):
     return items[np.linspace(0, len(items) - 1, min(len(items), 10)).round().astype(int)]
 
 
-def name_objects(frames):
-    """Names of a static and a moving object, of 3 to 8 words, as in objects.json; {} if one is missing."""
+def name_objects(frames, caption):
+    """Names of a static and a moving object, 3 to 8 words each, as in objects.json; {} if one is missing."""
 
     def fits(found):
         names = found["static_object"], found["dynamic_object"]
         return None in names or names[0] != names[1] and all(3 <= len(name.split()) <= 8 for name in names)
 
     numbers, masks = spread(np.arange(len(frames))), np.zeros(frames.shape[:3], bool)
-    names = ask("landmarks", frames, masks, numbers, lambda reply: read_json(reply, fits)) or {}
-    return {} if None in names.values() else names
+    names = ask("landmarks", frames, masks, numbers, lambda reply: read_json(reply, fits), caption=caption)
+    return names if names and None not in names.values() else {}
 
 
 def confirm(frames, thing, masks, numbers):
@@ -856,47 +844,38 @@ def rewrite(clip, item):
 # ---------------------------------------------------------------- real footage: geometry, clips, rows
 
 
-def cameras(poses):
-    """World-to-camera poses (T, 7) in OpenCV axes -> pos (T, 3), rot (T, 3, 3) as `rotation` has it."""
-    quaternion = poses[:, 3:] / np.linalg.norm(poses[:, 3:], axis=1, keepdims=True)  # x, y, z, w
-    cross = -np.cross(quaternion[:, None, :3], np.eye(3))  # (T, 3, 3), the matrix of v x
-    turn = np.eye(3) + 2 * quaternion[:, 3, None, None] * cross + 2 * cross @ cross  # world to camera
-    return -np.einsum("tji,tj->ti", turn, poses[:, :3]), turn.transpose(0, 2, 1) * [1, -1, 1]
+def depth_inside(depth, mask):
+    """Depth map (h, w) of any size, mask (H, W) -> the median depth inside the mask."""
+    y, x = np.nonzero(mask)
+    return np.nanmedian(depth[y * depth.shape[0] // mask.shape[0], x * depth.shape[1] // mask.shape[1]])
 
 
 def object_facts(masks, notes):
     """Masks (T, H, W) of a moving object, its clip's annotations -> its camera-free labels, and "ask".
 
-    Distances go by the mask's height (the width changes when a thing turns) and are of unknown scale: if the
-    camera travels, a label must hold for a thing at 2 and at 20 times its way. No direction without poses or
-    the background's shifts (T, 2), which stand in for a turning camera.
+    Distances go by the depth maps, which have the poses' scale; a label must hold for the visible surface and
+    for a middle 15 % behind it. Without them they go by the mask's height (the width changes when a thing
+    turns) and are of unknown scale: if the camera travels, a label must hold for a thing at 2 and at 20 times
+    its way. No direction without poses or the background's shifts (T, 2), which replace a turning camera.
     """
     shown, (count, height, width) = np.flatnonzero(masks.any((1, 2))), masks.shape
     lens, still = np.tile([1, width / height], (count, 1)) / view_width(HFOV), np.eye(7)[[6] * count]
-    pos, rot = cameras(notes.get("poses", still)[shown])
+    pos, rot = spatialvid.cameras(notes.get("poses", still)[shown])
     shifts = notes.get("shifts", np.zeros((count, 2)))[shown, ::-1] / [width, height]  # x, y
     spots = np.array([where(masks[[t]])[:2] for t in shown]) - shifts  # (n, 2)
-    heights = np.array([[np.nonzero(masks[t])[0].std()] for t in shown]).clip(0.25)  # (n, 1)
     flat = (spots - 0.5) * [1, -1] / notes.get("intrinsics", lens)[shown, :2]
     rays = np.einsum("tij,tj->ti", rot, np.concatenate([flat, np.ones((len(shown), 1))], 1))
-    way, far = np.linalg.norm(pos - pos[0], axis=1).max(), 1 / heights  # (), (n, 1)
-    scales = np.array([2, 20]) * way / far.mean() if way > 0 else [1]
+    if "depths" in notes:
+        far = np.array([[depth_inside(notes["depths"][t], masks[t])] for t in shown])  # (n, 1)
+        scales = [1, 1.15]
+    else:
+        far = 1 / np.array([[np.nonzero(masks[t])[0].std()] for t in shown]).clip(0.25)
+        way = np.linalg.norm(pos - pos[0], axis=1).max()
+        scales = np.array([2, 20]) * way / far.mean() if way > 0 else [1]
     found = [path_labels(pos + scale * far * rays, pos, rot) for scale in scales]
     known = ["direction", "distance"] if {"poses", "shifts"} & set(notes) else ["distance"]
     facts = {ask: found[0][ask] for ask in known if found[0][ask] and found[0][ask] == found[-1][ask]}
     return facts | {"ask": ["box", *facts]}
-
-
-def camera_segments(instructions, count):
-    """instructions.json -> [(start, end, label)] in our words and order: no "Stay", no opposites at once."""
-    segments = []
-    for span, labels in instructions.items():
-        start, end = (min(int(number), count - 1) for number in span.split("->"))
-        spelled = {label.replace("CCW", "Counter-Clockwise").replace("CW", "Clockwise") for label in labels}
-        moves = sorted(spelled - {"Stay"}, key=MOVES.index)
-        if start < end and moves and len({MOVES.index(move) // 2 for move in moves}) == len(moves):
-            segments.append((start, end, " and ".join(moves)))
-    return segments
 
 
 def contradicts(label, start, end):
@@ -917,16 +896,21 @@ def real_clip(clip, notes, folder, start):
     frames, names, reasons = clip["frames"], notes.get("objects", {}), Counter()
     segmenter = importlib.import_module(f"segment_{SEGMENTER}")
     names = names if len({*names.values()}) == len(names) else {}  # one name for two objects is none
-    # motion finds no landmarks, so there are no questions about the camera
-    segments = [] if SEGMENTER == "motion" else camera_segments(notes.get("instructions", {}), len(frames))
-    if SEGMENTER == "motion" and "poses" not in notes:
+    # what finds moving things alone leaves the landmark to mask images; without one no camera questions
+    finds_both, segments = getattr(segmenter, "LANDMARKS", True), []
+    finders = {"moving": segmenter, "static": segmenter if finds_both else segment_files}
+    if finds_both or (folder / "masks_static").exists():
+        segments = spatialvid.camera_segments(notes.get("instructions", {}), len(frames), MOVES)
+    if hasattr(segmenter, "global_shifts") and "poses" not in notes:
         notes = notes | {"shifts": segmenter.global_shifts(frames.mean(-1))}
-    if ANNOTATOR == "api" and not (names := name_objects(frames)):
+    if ANNOTATOR == "api" and not (names := name_objects(frames, spatialvid.read_caption(folder))):
         return Counter({"clips have no two objects that the annotator names": 1})
     for kind, role in (("moving", "dynamic"), ("static", "static"))[: 2 if segments else 1]:
         phrase = names.get(f"{role}_object") or f"{kind} object"
         files = [folder / f"masks_{role}" / f"frame_{start + n:04d}.png" for n in range(len(frames))]
-        masks = segmenter.masks(frames, phrase, files, WEIGHTS)
+        begun = time.time()
+        masks = finders[kind].masks(frames, phrase, files, WEIGHTS)
+        spend("masks", len(masks), begun)
         masks &= consistent(masks)[:, None, None]
         if ANNOTATOR == "api":
             ends = {t for segment in segments for t in segment[:2]} if kind == "static" else range(len(masks))
@@ -975,11 +959,12 @@ def video_clips(name, number, path):
     inside, made, dropped = Path(path).relative_to(Path(VIDEOS, WORDS["folders"][SOURCE][0])), [], Counter()
     folder = Path(VIDEOS, WORDS["folders"][SOURCE][1], inside.with_suffix(""))
     try:
-        notes = read_notes(folder)
+        depths = Path(VIDEOS, "depths", inside.with_suffix(""))
+        notes = spatialvid.read_notes(folder, depths, SOURCE == "spatialvid")
         frames, times = read_video(path, notes.get("indexes"))
-        counts = {len(times), *(len(notes[kind]) for kind in ("poses", "intrinsics") if kind in notes)}
-        if len(counts) > 1 or (set(notes) - {"objects"} and len(times) > MAX_FRAMES):
-            return [], {"clips have not one pose a frame, or more than MAX_FRAMES annotated frames": 1}
+        timed = [notes[kind] for kind in ("poses", "intrinsics", "depths") if kind in notes]
+        if {*map(len, timed)} - {len(times)} or (set(notes) - {"objects"} and len(times) > MAX_FRAMES):
+            return [], {"clips have not one pose and depth map a frame, or more than MAX_FRAMES frames": 1}
         for part in [np.arange(len(times))] if set(notes) - {"objects"} else windows(frames):
             clip = {"name": f"{name}/{part[0]:05d}", "frames": frames[part], "times": times[part].tolist()}
             dropped += real_clip(clip, notes, folder, part[0])
@@ -1118,6 +1103,15 @@ def write_files(out, items, dropped, constants):
     (out / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
+def print_rates():
+    """Prints what was decoded, segmented and asked, and how much of it one worker does in a second."""
+    for stage, unit in {"decoded": "frames", "segmented": "masks", "annotator": "requests"}.items():
+        cost = f", {SPENT['tokens']} tokens" if stage == "annotator" else ""
+        rate = SPENT[unit] / (SPENT[f"seconds of {unit}"] or 1)
+        if SPENT[unit] or (cost and ANNOTATOR == "api"):
+            print(f"\n{stage}: {SPENT[unit]} {unit}{cost}, {rate:.1f} {unit}/s/worker", end="")
+
+
 # under torchrun the first process does it all
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     settings = {key: value for key, value in set_constants(globals()).items() if not isinstance(value, list)}
@@ -1129,9 +1123,7 @@ if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
         sys.exit(0)
     asked = SOURCE == "questions"
     items, dropped = question_rows(jobs) if asked else run_jobs(jobs, work, start_worker, [settings])
-    print(f"\ndecoded: {SPENT['frames'] / (SPENT['seconds'] or 1):.0f} frames/s/worker" * bool(SPENT), end="")
-    if ANNOTATOR == "api":
-        print(f"\nannotator: {SPENT['requests']} requests, {SPENT['tokens']} tokens", end="")
+    print_rates()
     write_files(out, items, dropped, recorded)
     if INSPECT and not asked:
         sheet = importlib.import_module("contact_sheet")

@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image, ImageFilter
 
+LANDMARKS = False  # it finds what moves, not what stands still
 MOST_GROWTH = 4.0  # largest ratio between the region of a frame and the median of its clip
 
 
@@ -21,13 +22,19 @@ def global_shifts(grey):
     return np.concatenate([np.zeros((1, 2), int), np.cumsum(np.median(steps, 0), 0).astype(int)])
 
 
-def largest_regions(masks):
-    """masks (T, H, W) -> the largest 4-connected region of each: pixels take the largest number around."""
+def number_regions(masks):
+    """masks (T, H, W) -> a number for each 4-connected region, 0 outside: pixels take the largest around."""
     numbers, last = np.where(masks, np.arange(1, masks.size + 1).reshape(masks.shape), 0), None
     while last is None or (numbers != last).any():
         last, pad = numbers, np.pad(numbers, ((0, 0), (1, 1), (1, 1)))
         around = [last, pad[:, 2:, 1:-1], pad[:, :-2, 1:-1], pad[:, 1:-1, 2:], pad[:, 1:-1, :-2]]
         numbers = np.where(masks, np.max(around, 0), 0)
+    return numbers
+
+
+def largest_regions(masks):
+    """masks (T, H, W) -> the largest 4-connected region of each."""
+    numbers = number_regions(masks)
     largest = [np.bincount(frame[frame > 0], minlength=1).argmax() for frame in numbers]
     return masks & (numbers == np.array(largest)[:, None, None])
 

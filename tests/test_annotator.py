@@ -93,10 +93,12 @@ def test_troubles_never_reach_a_file(server, world, monkeypatch, tmp_path, capsy
     rows = generate(monkeypatch, world, tmp_path / "out", f"BASE_URL={server.url}", *FAST, "WORKERS=1")
     everything = rows["train"] + rows["test"]
     told = capsys.readouterr().out
-    assert re.search(rf"annotator: {len(server.asked) - 4} requests, \d+ tokens", told), (
-        len(server.asked),
-        told,
+    count = len(server.asked) - 4
+    assert re.search(rf"annotator: {count} requests, {7 * count} tokens, \d+\.\d requests/s/worker", told), (
+        told
     )
+    captions = [text for text, _, _ in server.asked if kind_of(text) == "landmarks"]
+    assert captions and all("agree: A plain.\n" in text and "It moves" not in text for text in captions)
     assert all("View 0 is <output_image>" in row["text_output"] for row in everything)
     thoughts = sum("imagined" in text for text, _, _ in server.asked)
     assert thoughts == len(everything) + 3 and "dropped: 1 rows have no valid reasoning" in told
@@ -145,6 +147,11 @@ def test_a_clip_without_nameable_objects_is_skipped(server, world, monkeypatch, 
     clip = {"frames": np.zeros((12, 20, 30, 3), np.uint8)}
     assert "annotator names" in str(gd.real_clip(clip, {}, tmp_path, 0)) and clip["moving"] == []
     assert len(server.asked) == 1 and server.asked[0][1] == 10  # of twelve frames
+    assert "agree: there is none\n" in server.asked[0][0]
+    said = {"SceneSummary": "A yard {with} braces.", "SceneDescription": "Two dogs.", "SceneTags": ["x"]}
+    (tmp_path / "caption.json").write_text(json.dumps(said | {"LLM": None}))
+    gd.real_clip({"frames": clip["frames"]}, {}, tmp_path, 0)
+    assert "agree: A yard {with} braces. Two dogs.\n" in server.asked[1][0]
 
 
 def test_frames_that_the_annotator_rejects_are_not_used(server, monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """Real clips in: a miniature SpatialVID in its own formats, made from toy clips whose truth is known."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -7,17 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT, one_thread, run_script
+from helpers import ROOT, one_thread, refused, run_script
 from PIL import Image
 
 import generate_data as gd
+import segment_dyn
 import segment_files
 import segment_motion
+import spatialvid
 from model import read_rows
 
 FLIP = np.array([1, -1, 1])  # our axes are right, up, forward; OpenCV's are right, down, forward
@@ -68,6 +73,47 @@ def notes_of(clip):
     return notes
 
 
+def depths_of(clip):
+    """The depth of each pixel of a toy clip (T, H, W) by the toy's own rays: ground and things, else 100."""
+    pos, rays = clip["pos"].astype(np.float32), gd.camera_rays(clip["rot"], gd.SIZE, gd.HFOV)
+    nearest = pos[:, 1, None, None] / np.maximum(-rays[1], 1e-3)
+    for thing in clip["things"]:
+        origin = (pos - thing["path"].astype(np.float32)).T[:, :, None, None]
+        hit, how = (gd.hit_box, thing["yaw"]) if thing["shape"] == "box" else (gd.hit_round, thing["shape"])
+        nearest = np.minimum(nearest, hit(origin, rays, thing["half"], how)[0])
+    return np.minimum(nearest, 100)
+
+
+def write_depths(path, depths):
+    """Depths (T, H, W) as a npy or npz file, or as SpatialVID's zip of EXR files with inverse depth."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, depths)
+    elif path.suffix == ".npz":
+        np.savez_compressed(path, depth=depths)
+    else:
+        exr = pytest.importorskip("OpenEXR")
+        with zipfile.ZipFile(path, "w") as archive:
+            for number in sorted(range(len(depths)), key=str):  # 10 stands before 2, as in a listing
+                one, header = path.with_suffix(".exr"), {"compression": exr.ZIP_COMPRESSION}
+                with exr.File(
+                    header | {"type": exr.scanlineimage}, {"Z": np.float16(1 / depths[number])}
+                ) as file:
+                    file.write(str(one))
+                archive.write(one, f"{path.stem}/{number}.exr")
+                one.unlink()
+
+
+def pack_masks(masks):
+    """masks (T, H, W) -> the arrays of a dyn_masks.npz: one compressed sparse row matrix a frame."""
+    arrays = {"shape": np.array(masks.shape[1:])}
+    for number, mask in enumerate(masks):
+        arrays[f"f_{number}_indices"] = np.nonzero(mask)[1].astype(np.int32)
+        arrays[f"f_{number}_indptr"] = np.append(0, mask.sum(1).cumsum()).astype(np.int32)
+        arrays[f"f_{number}_data"] = np.ones(mask.sum(), bool)
+    return arrays
+
+
 def write_clip(root, name, clip, notes):
     """One clip of a miniature SpatialVID: each toy frame twice in the mp4, so that indexes are 0, 2, 4."""
     seconds = clip["times"][1] - clip["times"][0]
@@ -84,6 +130,10 @@ def write_clip(root, name, clip, notes):
         (folder / f"{kind}.json").write_text(json.dumps(notes[kind]))
     (folder / "caption.json").write_text(
         json.dumps({"SceneSummary": "A plain.", "CameraMotion": "It moves."})
+    )
+    moving = [clip["masks"][thing] for thing in clip["moving"]]
+    np.savez_compressed(
+        folder / "dyn_masks.npz", **pack_masks(np.any([clip["masks"]["sun"] & False, *moving], 0))
     )
     for role, things in (("static", clip["static"]), ("dynamic", clip["moving"])):
         for number, mask in enumerate(clip["masks"][things[0]] if things else []):
@@ -143,14 +193,14 @@ def label_of(row):
 def test_poses_are_world_to_camera_in_opencv_axes(clips):
     """A hand-worked pose, and the toy's cameras there and back."""
     half = np.sqrt(0.5)
-    pos, rot = gd.cameras(np.array([[0, 0, 5, 0, 0, 0, 1.0], [1, 0, 0, 0, half, 0, half]]))
+    pos, rot = spatialvid.cameras(np.array([[0, 0, 5, 0, 0, 0, 1.0], [1, 0, 0, 0, half, 0, half]]))
     assert pos[0].tolist() == [0, 0, -5]  # the world's origin stands 5 before the camera
     assert rot[0].tolist() == [[1, 0, 0], [0, -1, 0], [0, 0, 1]]  # up is against OpenCV's y
     # a quarter turn about y, world to camera: x' = z, z' = -x; the camera looks along the world's -x
     assert np.allclose(rot[1][:, 2], [-1, 0, 0]) and np.allclose(rot[1][:, 0], [0, 0, 1])
     assert np.allclose(pos[1], [0, 0, -1])
     for clip in clips[:5]:
-        pos, rot = gd.cameras(poses_of(clip["pos"], clip["rot"]))
+        pos, rot = spatialvid.cameras(poses_of(clip["pos"], clip["rot"]))
         assert np.allclose(pos * FLIP, clip["pos"]) and np.allclose(FLIP[:, None] * rot, clip["rot"])
 
 
@@ -158,10 +208,10 @@ def test_instructions_become_labels_in_our_words():
     """CW and CCW are spelled out, "Stay" is never a label, opposites at once are no label, n is n - 1."""
     spans = {"0->3": ["Stay"], "3->5": ["Roll CCW", "Dolly In", "Pan Left"], "5->8": ["Roll CW", "Stay"]}
     spans |= {"1->2": ["Pan Left", "Pan Right"], "7->8": ["Dolly In"]}
-    found = gd.camera_segments(spans, 8)
+    found = spatialvid.camera_segments(spans, 8, gd.MOVES)
     assert found == [(3, 5, "Pan Left and Roll Counter-Clockwise and Dolly In"), (5, 7, "Roll Clockwise")]
     with pytest.raises(ValueError):
-        gd.camera_segments({"0->1": ["Zoom In"]}, 8)
+        spatialvid.camera_segments({"0->1": ["Zoom In"]}, 8, gd.MOVES)
 
 
 @pytest.mark.parametrize(
@@ -234,15 +284,16 @@ def test_true_labels_are_hardly_ever_contradicted(clips):
     assert count > 15 and passed >= 0.95 * count and caught >= 0.9 * count
 
 
-def agreement(clips):
-    """Labels read from masks and poses against the toy's truth -> Counter of (question, label, verdict)."""
+def agreement(clips, has_depth=False):
+    """Labels read from masks, poses and depth against the toy's truth: Counter of (ask, label, verdict)."""
     seen = Counter()
     for clip in clips:
         for thing in clip["moving"]:
             masks = clip["masks"][thing] & gd.consistent(clip["masks"][thing])[:, None, None]
             if masks.any((1, 2)).sum() < len(masks):
                 continue  # the truth is that of all frames
-            facts = gd.object_facts(masks, notes_of(clip | {"moving": [thing]}))
+            notes = notes_of(clip | {"moving": [thing]}) | ({"depths": depths_of(clip)} if has_depth else {})
+            facts = gd.object_facts(masks, notes)
             truth = gd.path_labels(clip["facts"][thing]["path"], clip["pos"], clip["rot"])
             for ask in ("direction", "distance"):
                 verdict = "unasked" if ask not in facts else "right" if facts[ask] == truth[ask] else "wrong"
@@ -259,6 +310,101 @@ def test_geometry_finds_the_toys_labels(clips):
     for ask in ("direction", "distance"):
         right, wrong = counts[ask, "right"], counts[ask, "wrong"]
         assert right > 20 and right >= 0.95 * (right + wrong), counts
+
+
+def test_depth_gives_more_labels_that_are_as_right(clips):
+    """With depth maps: as right as without, and the camera may travel, so more is asked."""
+    counts = {}
+    for has_depth in (False, True):
+        for (ask, _, verdict), count in agreement(clips, has_depth).items():
+            counts.setdefault((ask, has_depth), Counter())[verdict] += count
+    print("\n".join(f"{ask}, depth {has_depth}: {dict(c)}" for (ask, has_depth), c in counts.items()))
+    for ask in ("direction", "distance"):
+        without, given = counts[ask, False], counts[ask, True]
+        assert given["right"] >= 1.2 * without["right"], counts
+        assert given["wrong"] <= without["wrong"], counts
+
+
+def test_depth_is_the_median_inside_the_mask():
+    """A worked example at half the mask's size: holes are left out, one odd pixel does not count."""
+    mask = np.zeros((4, 8), bool)
+    mask[:2, 2:] = True  # covers columns 1 to 3 of the first row of the map
+    depth = np.array([[50, 2, 3, 90], [50, 50, 50, 50.0]])
+    assert gd.depth_inside(depth, mask) == 3
+    assert gd.depth_inside(np.where(depth == 90, np.nan, depth), mask) == 2.5
+
+
+class StandIn:
+    """What is called of OpenEXR, with numpy's file format inside."""
+
+    scanlineimage = ZIP_COMPRESSION = 0
+
+    class File(contextlib.nullcontext):
+        """A file to be written, of a header and channels, or one that is read from a stream."""
+
+        def __init__(self, source, channels=None):
+            super().__init__(self)
+            self.arrays = channels or dict(np.load(source))
+
+        def write(self, name):
+            """Writes it under a name."""
+            with open(name, "wb") as file:
+                np.savez(file, **self.arrays)
+
+        def channels(self):
+            """Channels by name; each has its pixels."""
+            return {name: SimpleNamespace(pixels=array) for name, array in self.arrays.items()}
+
+
+@pytest.fixture(params=["OpenEXR", "stand-in"])
+def exr(request, monkeypatch):
+    """The library, which is not among the requirements, and a stand-in."""
+    if request.param == "stand-in":
+        monkeypatch.setitem(sys.modules, "OpenEXR", StandIn)
+    return pytest.importorskip("OpenEXR")
+
+
+def read_back(folder, ending):
+    """Writes eleven depth maps, so that number 10 follows 9, and reads them from both of their places."""
+    depths = np.float32(2) ** np.arange(11)[:, None, None] * np.ones((11, 6, 8), np.float32) / 20
+    depths[:, 0, 0] = 100
+    write_depths(folder / f"depths/g/a.b{ending}", depths)
+    (folder / "notes").mkdir()
+    notes = spatialvid.read_notes(folder / "notes", folder / "depths/g/a.b", False)
+    assert list(notes) == ["depths"] and np.allclose(notes["depths"], depths, rtol=2e-3)
+    write_depths(folder / f"notes/depths{ending}", depths[:3])
+    assert len(spatialvid.read_notes(folder / "notes", folder / "depths/g/other", False)["depths"]) == 3
+
+
+@pytest.mark.parametrize("ending", [".npy", ".npz"])
+def test_depth_maps_are_read_from_arrays(tmp_path, ending):
+    """depths/<group>/<id>, or depths in the clip's own folder."""
+    read_back(tmp_path, ending)
+
+
+def test_depth_maps_are_read_from_exr_files(exr, tmp_path):
+    """The same from a zip of EXR files of inverse depth."""
+    read_back(tmp_path, ".zip")
+
+
+def test_inverse_depth_is_clipped(exr, tmp_path):
+    """As SpatialVID's own reader: 1 / z between 0.001 and 100; nothing and less than nothing are far."""
+    header = {"compression": exr.ZIP_COMPRESSION, "type": exr.scanlineimage}
+    with exr.File(header, {"Z": np.float16([[0, -1, 0.001, 0.5, 20000]])}) as file:
+        file.write(str(tmp_path / "0.exr"))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "0.exr", "0.exr")
+    depths = spatialvid.read_exr_depths(tmp_path / "a.zip")
+    assert np.allclose(depths, [[[100, 100, 100, 2, 0.001]]], rtol=1e-3)
+
+
+def test_a_missing_exr_library_is_one_sentence(monkeypatch, tmp_path):
+    """It names the file and how to install the library; the run ends, it is no unreadable clip."""
+    monkeypatch.setitem(sys.modules, "OpenEXR", None)
+    (tmp_path / "depths.zip").write_bytes(b"")
+    refused(
+        lambda: spatialvid.read_notes(tmp_path, tmp_path / "a", False), "depths.zip", "pip install OpenEXR"
+    )
 
 
 def test_a_travelling_camera_needs_agreement():
@@ -281,7 +427,10 @@ def test_a_miniature_spatialvid_becomes_rows(world, clips, monkeypatch, tmp_path
     rows = generate(monkeypatch, world, tmp_path / "out", "WORKERS=2")
     everything = rows["train"] + rows["test"]
     told = capsys.readouterr().out
-    assert re.search(r"decoded: \d+ frames/s", told)
+    assert re.search(r"decoded: 112 frames, [1-9]\d*\.\d frames/s/worker", told)
+    count = 112 + sum(gd.FRAMES for clip in clips[:14] if clip["camera"])  # the landmark's masks as well
+    assert re.search(rf"segmented: {count} masks, [1-9]\d*\.\d masks/s/worker", told), told
+    assert "annotator:" not in told
     asked = Counter(row["subtask"] for row in everything)
     assert sum(asked.values()) > 14 and {"camera_single", "object_direction"} <= set(asked)
     for row in everything:
@@ -306,6 +455,39 @@ def test_a_miniature_spatialvid_becomes_rows(world, clips, monkeypatch, tmp_path
         clip = clips[int(rows[split][0]["video"].split("/")[1][:4])]
         assert np.abs(frame - clip["frames"][3]).mean() < 12  # the annotated frame, not its neighbour
         assert np.abs(frame - clip["frames"][0]).mean() > np.abs(frame - clip["frames"][3]).mean()
+
+
+@pytest.mark.parametrize("ending", [".npz", ".zip"])
+def test_the_stage_asks_more_where_depth_is_given(clips, monkeypatch, tmp_path, ending):
+    """Depth maps at half the frames' size: every key is the toy's truth, also where the camera travels."""
+    chosen = [clip for clip in clips if clip["moving"] and clip["camera"] and not clip["static"][1:]][:8]
+    for number, clip in enumerate(chosen):
+        write_clip(tmp_path / "in", f"g/{number}_a", clip, notes_of(clip))
+    before = generate(monkeypatch, tmp_path / "in", tmp_path / "without", "WORKERS=1", "MAX_SIDE=84")
+    for number, clip in enumerate(chosen):
+        write_depths(tmp_path / f"in/depths/g/{number}_a{ending}", depths_of(clip)[:, ::2, ::2])
+    after = generate(monkeypatch, tmp_path / "in", tmp_path / "with", "WORKERS=1", "MAX_SIDE=84")
+    found = {}
+    for name, rows in (("before", before), ("after", after)):
+        for row in rows["train"] + rows["test"]:
+            ask = row["subtask"].removeprefix("object_")
+            if ask in ("direction", "distance"):
+                clip = chosen[int(row["video"][2])]
+                path = clip["facts"][clip["moving"][0]]["path"]
+                truth = gd.path_labels(path, clip["pos"], clip["rot"])[ask]
+                found.setdefault(name, []).append(label_of(row) == truth or truth is None)
+    assert all(found["after"]) and len(found["after"]) > len(found["before"]) > 0
+
+
+def test_a_depth_map_too_few_is_a_clip_left_out(clips, monkeypatch, tmp_path, capsys):
+    """Seven maps for eight frames: counted and named, the other clips are used."""
+    for number, clip in enumerate(clips[:3]):
+        write_clip(tmp_path / "in", f"g/{number}_a", clip, notes_of(clip))
+    write_depths(tmp_path / "in/depths/g/1_a.npy", np.ones((7, 9, 9)))
+    rows = generate(monkeypatch, tmp_path / "in", tmp_path / "out", "WORKERS=1", "HELD_OUT=0.3")
+    assert {row["video"] for row in rows["train"] + rows["test"]} == {"g/0_a.mp4", "g/2_a.mp4"}
+    told = capsys.readouterr().out
+    assert re.search(r"dropped: 1 clips have not one pose and depth map a frame.*1_a\.mp4", told)
 
 
 def test_contradicted_labels_are_dropped_or_flagged(clips, monkeypatch, tmp_path, capsys):
@@ -372,7 +554,7 @@ def test_bad_clips_are_counted_and_named(clips, monkeypatch, tmp_path, capsys):
     assert len({row["clip"] for row in everything}) == 3  # two clips of one name stay two
     for reason, names in {
         "clips are unreadable": ["cut", "empty", "audio", "one", "nopose", "words", "mask"],
-        "have not one pose a frame": ["long", "short"],
+        "have not one pose and depth map a frame": ["long", "short"],
     }.items():
         listed = "\n".join(line for line in told.split("\n") if reason in line)
         counts = [int(count) for count in re.findall(r"dropped: (\d+)", listed)]
@@ -450,6 +632,63 @@ def test_ctrl_c_loses_nothing(world, monkeypatch, tmp_path):
     names = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file())
     assert names == sorted(str(path.relative_to(cut)) for path in cut.rglob("*") if path.is_file())
     assert all((whole / name).read_bytes() == (cut / name).read_bytes() for name in names)
+
+
+# ---------------------------------------------------------------- SEGMENTER="dyn"
+
+
+def test_dynamic_masks_round_trip():
+    """A worked matrix in compressed rows, stored zeros left out, and toy masks there and back."""
+    packed = {"shape": np.array([3, 4]), "f_0_indptr": np.array([0, 2, 2, 4])}
+    packed |= {"f_0_indices": np.array([0, 3, 1, 2]), "f_0_data": np.array([1, 1, 1, 0])}
+    assert segment_dyn.read_mask(packed, 0).astype(int).tolist() == [[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]]
+    masks = np.random.default_rng(0).random((5, 20, 30)) < 0.3
+    masks[2] = False
+    for number, mask in enumerate(masks):
+        assert (segment_dyn.read_mask(pack_masks(masks), number) == mask).all()
+
+
+def test_one_moving_region_is_followed(tmp_path):
+    """A thing that moves on, a larger one at the start and the end: the first is kept, in all its frames."""
+    masks = np.zeros((5, 120, 200), bool)
+    for t, mask in enumerate(masks):
+        mask[10:50, 10 + 10 * t : 50 + 10 * t] = True
+    masks[2] = False  # not found in this frame
+    kept = masks[:, ::2, ::2].copy()
+    masks[[0, 4], 60:110, 100:160] = True
+    np.savez(tmp_path / "dyn_masks.npz", **pack_masks(masks))
+    frames = np.zeros((5, 60, 100, 3), np.uint8)
+    files = [tmp_path / f"masks_dynamic/frame_{number:04d}.png" for number in range(5)]
+    assert (segment_dyn.masks(frames, "", files, "") == kept).all()
+    # the numbers in the files' names say which frames of the video these are
+    assert (segment_dyn.masks(frames[:2], "", files[3:], "") == kept[3:]).all()
+    alone = segment_dyn.masks(frames[:1], "", files[:1], "")[0]
+    assert (alone == (masks[0, ::2, ::2] & ~kept[0])).all()
+    np.savez(tmp_path / "dyn_masks.npz", **pack_masks(masks & False))
+    assert not segment_dyn.masks(frames, "", files, "").any()
+
+
+def test_dynamic_masks_make_object_questions(clips, monkeypatch, tmp_path, capsys):
+    """SEGMENTER="dyn": the moving object's mask is the toy's; the landmark is an image's or none."""
+    chosen = [clip for clip in clips if len(clip["moving"]) == 1][:6]
+    for number, clip in enumerate(chosen):
+        write_clip(tmp_path / "in", f"g/{number}_a", clip, notes_of(clip))
+    for has_landmark in (True, False):
+        out, words = tmp_path / f"out{has_landmark}", ("SEGMENTER=dyn", "WORKERS=1", "HELD_OUT=0.3")
+        rows = generate(monkeypatch, tmp_path / "in", out, *words)
+        everything = rows["train"] + rows["test"]
+        asked = {row["subtask"].split("_")[0] for row in everything}
+        assert "static object" not in capsys.readouterr().out  # nothing is asked of a landmark without images
+        assert asked == ({"camera", "object"} if has_landmark else {"object"})
+        for row in everything:
+            clip, name = chosen[int(row["video"][2])], row["image_output"][0]
+            thing, t = clip["static" if "static" in name else "moving"][0], int(name[-8:-4])
+            marked, frame = (
+                np.asarray(Image.open(out / n)).astype(int) for n in (name, row["image_input"][t])
+            )
+            assert ((np.abs(marked - frame).max(-1) > 40) & ~clip["masks"][thing][t]).mean() < 0.02
+        for folder in (tmp_path / "in/annotations").rglob("masks_static"):
+            shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------- SEGMENTER="motion"

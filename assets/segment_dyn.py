@@ -1,0 +1,60 @@
+"""SEGMENTER="dyn": masks of what moves from SpatialVID's dyn_masks.npz, one region followed over time."""
+
+import numpy as np
+from PIL import Image
+
+# as with masks from motion, the background's shift stands in for poses where there are none
+from segment_motion import global_shifts, number_regions  # noqa: F401
+
+LANDMARKS = False  # the file holds what moves, not what stands still
+COARSE = 96  # longer side at which regions are told apart, pixels
+
+
+def read_mask(packed, number):
+    """dyn_masks.npz and a frame's number -> its mask (H, W), stored as a list of columns for each row (CSR).
+
+    shape [2, 3], indptr [0, 2, 3], indices [0, 2, 1], data [1, 1, 1] -> [[1, 0, 1], [0, 1, 0]]
+    """
+    mask = np.zeros(packed["shape"][-2:], bool)
+    rows = np.repeat(np.arange(len(mask)), np.diff(packed[f"f_{number}_indptr"]))
+    mask[rows, packed[f"f_{number}_indices"]] = packed[f"f_{number}_data"] > 0
+    return mask
+
+
+def most_common(numbers):
+    """Numbers -> the one that stands there most often, 0 aside; 0 if there is none."""
+    found, counts = np.unique(numbers[numbers > 0], return_counts=True)
+    return found[counts.argmax()] if len(found) else 0
+
+
+def follow(numbers, start):
+    """Regions' numbers (T, H, W), 0 outside -> the largest of frame `start`, and what overlaps it."""
+    chosen = (numbers > 0) & (numbers == most_common(numbers[start]))
+    for steps in (range(start + 1, len(numbers)), range(start - 1, -1, -1)):
+        last = chosen[start]
+        for t in steps:
+            if number := most_common(numbers[t][last]):
+                chosen[t] = last = numbers[t] == number
+    return chosen
+
+
+def resize(masks, size, how):
+    """masks (T, h, w) -> shares 0..1 of each pixel (T, H, W) at the size (W, H)."""
+    images = [Image.fromarray(mask.astype(np.float32)) for mask in masks]
+    return np.stack([np.asarray(image.resize(size, how)) for image in images])
+
+
+def masks(frames, phrase, files, weights):
+    """Frames (T, H, W, 3), whose numbers stand in the files' names -> masks (T, H, W) of one moving region.
+
+    It is the one with most pixels over time: what is large but there only once does not win. Regions are told
+    apart on a coarse grid, where a cell is in if any of its pixels is: narrower gaps do not part a region.
+    """
+    with np.load(files[0].parent.parent / "dyn_masks.npz") as packed:
+        read = [read_mask(packed, int(path.stem.rpartition("_")[2])) for path in files]
+    size = frames.shape[2], frames.shape[1]
+    small = [max(1, round(side * min(1, COARSE / max(size)))) for side in size]
+    fine = resize(read, size, Image.BILINEAR) > 0.5
+    numbers = number_regions(resize(fine, small, Image.BOX) > 0)
+    chosen = max((follow(numbers, start) for start in range(len(numbers))), key=np.sum)
+    return fine & (resize(chosen, size, Image.NEAREST) > 0)
