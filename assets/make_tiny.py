@@ -57,6 +57,7 @@ STAGES = [  # name, kinds of rows ("plain": far drills of short options), steps,
     ("mixture", "grounding fine colour options", 2000, 1.5e-3, "all"),
 ]
 MOST_STEPS = 0  # steps of a stage at most, for a trial; 0: as STAGES says
+GLOBAL_BATCH = 32  # rows of one step
 MICRO_BATCH = 16  # rows of one forward pass
 # logging
 LOG_EVERY = 50  # steps between printed lines
@@ -266,7 +267,7 @@ if __name__ == "__main__":
             data.write_text("".join(line for line, tags in tagged if tags & set(kinds.split())))
             how = {"MODEL": parent, "DATA": data, "OUT": out / name, "STEPS": steps, "LR": lr}
             how |= {"SUPERVISE": supervise, "K": 0, "TRAIN_VISION": True, "CACHE_FEATURES": False}
-            how |= {"EVAL_EVERY": 0, "TEST_ROWS": 0, "MICRO_BATCH": MICRO_BATCH}
+            how |= {"EVAL_EVERY": 0, "TEST_ROWS": 0, "GLOBAL_BATCH": GLOBAL_BATCH, "MICRO_BATCH": MICRO_BATCH}
             how |= {"SAVE_EVERY": SAVE_EVERY, "LOG_EVERY": LOG_EVERY}
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={PROCESSES}"]
             command += [
