@@ -6,7 +6,7 @@ Out: OUT/step_*/ (checkpoints), OUT/log.jsonl, OUT/before/ and OUT/after/: answe
 
     python grpo4d.py                               # laptop: from out/dift, on the toy's compound questions
     python grpo4d.py MODEL=out/dift_3b DATA=data/rl.jsonl HOLDOUT=data/rl_test.jsonl SINGLES="" LR=1e-6 \\
-        MAX_NEW=1024 ROLLOUT_BATCH=1 MICRO_BATCH=1 CACHE_FEATURES=False          # one GPU
+        BETA=0.01 MAX_NEW=1024 ROLLOUT_BATCH=1 MICRO_BATCH=1 CACHE_FEATURES=False  # one GPU
     torchrun --nproc_per_node=8 grpo4d.py ...      # the same run on eight; PARALLEL=fsdp for 7B
 
 A step: (1) draw questions, (2) sample G answers to each, imagery included, keep the latents that were fed,
@@ -67,7 +67,7 @@ ROLLOUT_BATCH = 8  # questions answered together on one device
 MAX_NEW = 256  # positions of an answer at most, latents included (release: 1024)
 TEMPERATURE = 1.0  # of the sampler and of the loss (release)
 EPSILON = 0.2  # the ratio is clipped to 1 - ε … 1 + ε (release)
-BETA = 0.01  # β, weight of the KL term (release)
+BETA = 0.04  # β, weight of the KL term (release: 0.01)
 KL = "k3"  # k3 (ours) | k1: logp - logp_ref, whose gradient on policy is zero on average (release)
 W_ACC = 1.0  # weight of the right letter in the reward, Eq. 9 (release)
 W_FMT = 0.2  # weight of the format (release)
