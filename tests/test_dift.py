@@ -221,6 +221,7 @@ def words(tiny, out, *more):
         f"DATA={tiny / 'data'}",
         f"OUT={out}",
         "STEPS=3",
+        "LR=1e-3",
         "TEST_ROWS=0",
         "EVAL_EVERY=0",
     ]
