@@ -167,6 +167,7 @@ def test_a_chain_goes_on_where_it_stopped(folder, monkeypatch, capsys):
     make(monkeypatch, folder, f"STAGES={STAGES}", "MOST_STEPS=2")
     assert "tests/measure_base.py" in capsys.readouterr().out
     assert asked[0]["MODEL"] == str(folder / "ground") and asked[0]["SUPERVISE"] == "letters"
+    assert asked[0]["GLOBAL_BATCH"] == "32"  # the stages' own, whatever dift.py's default is
     assert asked[0]["STEPS"] == "2" and float(asked[0]["LR"]) == 5e-4
     assert (folder / "rows/pretrain.jsonl").stat().st_mtime_ns == before
     plain = read_rows(Path(asked[0]["DATA"]))
