@@ -61,7 +61,7 @@ QUESTIONS = ""  # 4DRL rows of the release (jsonl) or DSR-Train's (json, parquet
 VIDEOS = ""  # folder of mp4 files, searched through all its folders, or SpatialVID's own
 # data
 SOURCE = "toy"  # "toy" | "spatialvid" | "videos" | "questions"
-TRAIN_CLIPS = 7000  # clips of train_*.jsonl (ours)
+TRAIN_CLIPS = 12000  # clips of train_*.jsonl (ours)
 TEST_CLIPS = 500  # clips of test_*.jsonl, never seen in training (ours)
 RL_TRAIN_CLIPS = 1500  # clips of rl_train.jsonl (ours)
 RL_TEST_CLIPS = 250  # clips of rl_test.jsonl (ours)

@@ -5,14 +5,16 @@ Out: OUT/rows/pretrain{,_test}.jsonl   rows that ground ("track", "cells") and b
                                        "far", "options"), beside a small toy set of every other kind
      OUT/rows/stage_*.jsonl            what each stage learns from
      OUT/random/                       the tokenizer and a network of random weights
-     OUT/<stage>/step_*/               checkpoints; the last stage's is a base like assets/tiny
+     OUT/eyes/                         the same, its visual encoder trained by itself
+     OUT/<stage>/step_*/               checkpoints; the last stage's is what assets/tiny holds
 
-    python assets/make_tiny.py                                                # about an hour on two cores
+    python assets/make_tiny.py                                                # an hour on two cores
     python assets/make_tiny.py CLIPS=8 OPTION_ROWS=60 MOST_STEPS=2 OUT=out/trial    # does it run at all
 
-Not a stage that a user runs. Each of STAGES is a run of dift.py without imagery (K=0, vision trained) that
-starts where the one before ended. A killed run continues when started again. None of STAGES learns from the
-"cells" rows yet: they are for stages of your own.
+Not a stage that a user runs. The visual encoder learns first, by a head that is thrown away, what each of its
+tokens shows. Each of STAGES is a run of dift.py without imagery (K=0, vision frozen) that starts where the one
+before ended; in "flow", which has no rows, the visual encoder alone learns to tell how the picture moves
+between the two frames of a token. A killed run continues when started again.
 """
 
 import json
@@ -21,17 +23,20 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2Tokenizer
 from transformers import Qwen2_5_VLForConditionalGeneration as QwenVL
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import generate_data as gd
-from model import PROMPT, SUFFIX, check, set_constants
+from dift import lr_at
+from model import PROMPT, SUFFIX, check, load_model, patchify, set_constants
 
 # paths
 OUT = "out/tiny"  # folder that is written
@@ -47,18 +52,27 @@ P_TRACK = (1.0, 1.0, 1.0, 0.4)  # chances of a clip's rows: words, words, pixels
 VOCAB = 1024  # entries of the tokenizer
 CONFIG = str(gd.ASSETS / "tiny_network.json")  # the network's shape
 # optimisation
+EYES = (3000, 2000, 2e-3)  # clips, steps and peak LR of the visual encoder's own training
+FLOW_SIZE = 1.5  # length of the features that tell the optical flow, per unit of its code
+EYES_BATCH = 16  # clips of one of its steps
 STAGES = [  # name, kinds of rows ("plain": far drills of short options), steps, peak LR, supervised
-    ("grounding", "grounding", 1500, 2e-3, "all"),
-    ("words", "grounding colour far options", 600, 1.5e-3, "all"),
-    ("near", "near", 400, 1.5e-3, "letters"),
-    ("plain", "plain", 400, 1e-3, "letters"),
-    ("far", "far", 400, 1e-3, "letters"),
-    ("options", "options", 300, 1e-3, "letters"),
-    ("mixture", "grounding fine colour options", 2000, 1.5e-3, "all"),
+    ("grounding", "grounding", 1000, 2e-3, "all"),
+    ("words", "grounding colour far options", 400, 1.5e-3, "all"),
+    ("near", "near", 600, 1.5e-3, "letters"),
+    ("plain", "near plain", 500, 1.5e-3, "letters"),
+    ("far", "near far", 400, 1.5e-3, "letters"),
+    ("options", "far options", 300, 1e-3, "letters"),
+    ("mixture", "grounding fine cells colour near far options", 1200, 1.5e-3, "all"),
+    ("letters", "near far options", 300, 1e-3, "letters"),
+    ("again", "grounding fine cells colour near far options", 300, 1e-3, "all"),
+    ("polish", "grounding colour options", 300, 7e-4, "all"),
+    ("flow", "", 1500, 3e-3, ""),  # the visual encoder alone
+    ("settle", "grounding fine cells colour near far options", 200, 1.5e-3, "all"),
+    ("last", "grounding colour near far options", 250, 1e-3, "all"),
 ]
 MOST_STEPS = 0  # steps of a stage at most, for a trial; 0: as STAGES says
 GLOBAL_BATCH = 32  # rows of one step
-MICRO_BATCH = 16  # rows of one forward pass
+MICRO_BATCH = 4  # rows of one forward pass
 # logging
 LOG_EVERY = 50  # steps between printed lines
 SAVE_EVERY = 100  # steps between checkpoints
@@ -67,6 +81,11 @@ SEED = 1  # of clips and rows; the network's weights are drawn with 0
 PROCESSES = 2  # of torchrun; the result does not depend on it beyond rounding
 WORKERS = os.cpu_count()  # processes that make clips; the files do not depend on it
 
+# of the network's visual encoder: pixels of a patch, patches of a token's side, frames of a token
+PATCH = [
+    json.loads(Path(CONFIG).read_text())["vision_config"][f"{name}_size"]
+    for name in ("patch", "spatial_merge", "temporal_patch")
+]
 # what long options have, as grep would find it in a row's line
 LONG = r" and [A-Z]|First |\[[0-9]|Camera: |Getting |Speeding|Slowing|Constant|Maintaining"
 # what OUT/rows depends on
@@ -228,10 +247,12 @@ def make_network(out, data, config=CONFIG, vocab=VOCAB, seed=0):
 
     The tokenizer has Qwen's special tokens; the latent ones come with the first dift.py run, as for a Qwen.
     """
-    texts = [SUFFIX, PROMPT.format(video="", text="")]
+    texts = []
     for file in sorted(Path(data).glob("*.jsonl")):
         rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
         texts += [value for row in rows for value in row.values() if isinstance(value, str)]
+    # the words around every question, as often as every tenth row, so that they take few tokens
+    texts += re.split(r"<\|\w+\|>", PROMPT.format(video="", text=SUFFIX)) * (len(texts) // 30)
     names = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
     specials = [f"<|{name}|>" for name in names]
     tok = Qwen2Tokenizer().train_new_from_iterator(texts, vocab, new_special_tokens=specials)
@@ -251,6 +272,181 @@ def make_network(out, data, config=CONFIG, vocab=VOCAB, seed=0):
     file.write_text(json.dumps(table))
 
 
+# ---------------------------------------------------------------- eyes: the visual encoder alone
+
+
+def covers(masks, names, is_lit):
+    """Masks (things, n, H, W) of one frame pair -> (side², classes): what covers each cell, and where it is.
+
+    Classes: each colour, each shape, sun, sky, highlighted (`is_lit` (things,) 0 or 1), of the first and of
+    the last frame; then each column, each row.
+    """
+    side = masks.shape[2] // 14
+    edge = masks.shape[2] // side
+    whole = masks[:, [0, -1], : side * edge, : side * edge]
+    cells = whole.reshape(-1, 2, side, edge, side, edge).mean((3, 5)).reshape(len(names), 2, -1)
+    words = [*gd.COLOURS, *gd.SHAPES, "sun", "sky"]
+    has = np.array([[word in name.split() for word in words] + [lit] for name, lit in zip(names, is_lit)])
+    column, row = np.tile(np.eye(side), (side, 1)), np.repeat(np.eye(side), side, 0)  # (side², side) each
+    return np.concatenate([cells[:, 0].T @ has, cells[:, 1].T @ has, column, row], 1).astype(np.float32)
+
+
+def flow(clip):
+    """A clip -> optical flow from first to last frame of each pair, (pairs · side², 2 · patches of a token).
+
+    In pixels, the mean of each patch's. The ground moves as its geometry says, sky and mountains as at
+    infinity, a thing as a card at the depth of its centre.
+    """
+    pos, rot, size = clip["pos"], clip["rot"], clip["frames"].shape[1]
+    patch, merge, _ = PATCH
+    side, pairs = size // (patch * merge), []
+    rays = gd.camera_rays(rot, size, gd.HFOV).astype(float)  # (3, T, H, W)
+    spots = (np.arange(size) + 0.5) / size
+    for t in range(0, len(pos), 2):
+        ray, start = rays[:, t], pos[t][:, None, None]
+        depth = np.where(ray[1] < -1e-3, pos[t, 1] / np.maximum(-ray[1], 1e-3), 1e4)  # (H, W)
+        points = start + ray * np.minimum(depth, 1e4)  # (3, H, W), of the world
+        for thing in clip["things"]:
+            mask, path = clip["masks"][thing["name"]][t], thing["path"]
+            card = start + ray * ((path[t] - pos[t]) @ rot[t, :, 2]) + (path[t + 1] - path[t])[:, None, None]
+            points = np.where(mask, card, points)
+        x, y, depth = gd.project(
+            points.reshape(3, -1).T, pos[t + 1], rot[[t + 1]].repeat(size**2, 0), gd.HFOV
+        )
+        moved = np.stack([x.reshape(size, size) - spots, y.reshape(size, size) - spots[:, None]])
+        moved = np.where(depth.reshape(size, size) > 1e-2, moved, 0).clip(-6 / size, 6 / size) * size
+        moved = moved[:, : side * merge * patch, : side * merge * patch]
+        parts = moved.reshape(2, side, merge, patch, side, merge, patch).mean((3, 6))
+        pairs.append(parts.transpose(1, 3, 2, 4, 0).reshape(side * side, -1))
+    return np.concatenate(pairs).astype(np.float32)
+
+
+def sights(number):
+    """A clip -> its video and two overlays of its things: patches, grid, covers, optical flow of each."""
+    (clip, _), *_ = gd.toy_clip("train", number)[0]
+    rng, names, frames = np.random.default_rng([SEED, number, 2]), [*clip["masks"], "sky"], clip["frames"]
+    masks = np.stack(list(clip["masks"].values()))  # (things, T, H, W)
+    sky = (gd.camera_rays(clip["rot"], masks.shape[2], gd.HFOV)[1] > 0) & ~masks.any(0)
+    masks, nothing = np.concatenate([masks, sky[None]]), np.zeros(len(names))
+    pairs = [covers(masks[:, start : start + 2], names, nothing) for start in range(0, len(frames), 2)]
+    found = [(*patchify(frames, *PATCH), np.concatenate(pairs), flow(clip))]
+    for frame in rng.integers(0, len(frames), 2):
+        lit = np.eye(len(names))[names.index(rng.choice([*clip["static"], *clip["moving"]]))]
+        image = gd.overlay(frames[frame], masks[lit.argmax(), frame], gd.ALPHA, gd.OVERLAY_COLOUR)
+        cover = covers(masks[:, frame : frame + 1], names, lit)
+        found.append(
+            (*patchify(image[None], *PATCH), cover, np.zeros((len(cover), found[0][3].shape[1]), np.float32))
+        )
+    return found
+
+
+def all_sights(count, constants):
+    """The sights of the first clips, made by all workers."""
+    with ProcessPoolExecutor(WORKERS, initializer=start_worker, initargs=[constants, {"SEED": SEED}]) as pool:
+        return list(pool.map(sights, range(count), chunksize=20))
+
+
+def train_eyes(parent, out, constants):
+    """Teaches the visual encoder, by a linear head that is thrown away, what each visual token shows.
+
+    A Qwen2.5-VL is not trained from blind eyes either: from the words of the answers alone the encoder told
+    colours apart no better after 5,000 steps than at random.
+    """
+    count, steps, peak = EYES
+    clips = all_sights(count, constants)
+    torch.manual_seed(0)
+    model = load_model(parent, K=0, pooling="grid")
+    head = torch.nn.Linear(model.net.config.text_config.hidden_size, clips[0][0][2].shape[1])
+    optimizer = torch.optim.AdamW([*model.net.model.visual.parameters(), *head.parameters()], lr=peak)
+    for step in range(steps):
+        chosen = np.random.default_rng([SEED, step]).integers(0, count, EYES_BATCH)
+        some = [sight for number in chosen for sight in clips[number]]
+        true = torch.from_numpy(np.concatenate([sight[2] for sight in some]))  # (N, classes)
+        said = head(look(model, some))  # (N, classes)
+        loss = F.binary_cross_entropy_with_logits(said, true)
+        optimizer.param_groups[0]["lr"] = lr_at(step, steps, 20, peak)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+            said, shown = said[:, : len(gd.COLOURS)], true[:, : len(gd.COLOURS)]
+            right = (said.argmax(1) == shown.argmax(1))[shown.amax(1) > 0.25].float().mean()
+            least = F.binary_cross_entropy(true, true)  # cells covered in part keep it from zero
+            print(f"eyes {step + 1}/{steps} | loss {loss:.4f}, at best {least:.4f} | colours {right:.3f}")
+    centre(model, clips)
+    model.net.save_pretrained(out)
+    model.tok.save_pretrained(out)
+
+
+def look(model, some):
+    """Features (N, D) of the visual tokens of some sights."""
+    return torch.cat(model.encode(torch.cat([sight[0] for sight in some]), [sight[1] for sight in some]))
+
+
+@torch.no_grad()
+def centre(model, clips):
+    """Makes visual tokens as long as a final hidden state and takes off the direction they share.
+
+    Eq. 6 compares the two, and what all tokens share would leave the cosine next to nothing to learn from.
+    """
+    last, features = (
+        model.net.model.visual.merger.mlp[2],
+        look(model, [s for clip in clips[:200] for s in clip]),
+    )
+    mean = features.mean(0)
+    scale = len(mean) ** 0.5 / (features - mean).norm(dim=1).mean()
+    last.weight *= scale
+    last.bias.sub_(mean).mul_(scale)
+
+
+def code(shift):
+    """Flow of tokens' patches (N, 8) in pixels -> (N, 10): squashed, to show slow things, and its mean."""
+    return torch.cat([torch.tanh(shift / 0.8), shift.view(len(shift), -1, 2).mean(1) / 1.7], 1)
+
+
+def train_flow(parent, out, steps, peak, constants):
+    """Teaches the visual encoder to tell optical flow as well, without changing what `parent` reads in it.
+
+    Told only what covers each token, it forgets how the picture moves between a token's two frames. Ten
+    directions of the features, at right angles to those that tell the covers, are trained to be the flow's
+    code; tokens with a thing in them weigh four times as much as others.
+    """
+    clips = all_sights(EYES[0], constants)
+    torch.manual_seed(0)
+    old, model = (load_model(parent, K=0, pooling="grid") for _ in range(2))
+    some = [sight for clip in clips[:300] for sight in clip]
+    with torch.no_grad():
+        features, cover = look(old, some), torch.from_numpy(np.concatenate([sight[2] for sight in some]))
+        features, cover = features - features.mean(0), cover - cover.mean(0)
+        ridge = features.T @ features + 0.01 * len(features) * torch.eye(features.shape[1])
+        spread, size, _ = torch.linalg.svd(torch.linalg.solve(ridge, features.T @ cover))
+        told = (size > 0.02 * size[0]).sum()
+        covering, rest = spread[:, :told], spread[:, told:]  # (D, n) each: where covers are told, and beside
+        energy = (features @ covering).pow(2).mean()
+        flowing = rest @ torch.linalg.qr(torch.randn(rest.shape[1], 10))[0]  # (D, 10)
+    optimizer = torch.optim.AdamW(model.net.model.visual.parameters(), lr=peak)
+    for step in range(steps):
+        chosen = np.random.default_rng([SEED, step, 4]).integers(0, len(clips), EYES_BATCH)
+        some = [sight for number in chosen for sight in clips[number]]
+        cover, shift = (torch.from_numpy(np.concatenate([sight[n] for sight in some])) for n in (2, 3))
+        weight = 1 + 3 * (cover[:, : len(gd.COLOURS)].sum(1) > 0.1).float()
+        features = look(model, some)
+        with torch.no_grad():
+            before = look(old, some)
+        changed = ((features - before) @ covering).pow(2).mean() / energy
+        missed = weight @ (features @ flowing / FLOW_SIZE - code(shift)).pow(2).mean(1) / weight.sum()
+        optimizer.param_groups[0]["lr"] = lr_at(step, steps, 20, peak)
+        optimizer.zero_grad()
+        (5 * changed + 2 * missed).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+            print(f"flow {step + 1}/{steps} | covers changed {changed:.4f} | flow missed {missed:.4f}")
+    centre(model, clips)
+    model.net.save_pretrained(out)
+    model.tok.save_pretrained(out)
+
+
 if __name__ == "__main__":
     constants = set_constants(globals())
     out, parent = Path(OUT), Path(OUT) / "random"
@@ -258,15 +454,23 @@ if __name__ == "__main__":
     if not parent.exists():
         make_network(out / "random.part", out / "rows", CONFIG, VOCAB)
         (out / "random.part").rename(parent)
+    if not (out / "eyes").exists():
+        train_eyes(parent, out / "eyes.part", constants)
+        (out / "eyes.part").rename(out / "eyes")
+    parent = out / "eyes"
     lines = (out / "rows" / "pretrain.jsonl").read_text().splitlines(keepends=True)
     tagged = [(line, kinds_of(line)) for line in lines]
     for name, kinds, steps, lr, supervise in STAGES:
         steps = min(steps, MOST_STEPS or steps)
-        if not (out / name / f"step_{steps:06d}" / "config.json").exists():
+        if not kinds:
+            if not (out / name).exists():
+                train_flow(parent, out / f"{name}.part", steps, lr, constants)
+                (out / f"{name}.part").rename(out / name)
+        elif not (out / name / f"step_{steps:06d}" / "config.json").exists():
             data = out / "rows" / f"stage_{name}.jsonl"
             data.write_text("".join(line for line, tags in tagged if tags & set(kinds.split())))
             how = {"MODEL": parent, "DATA": data, "OUT": out / name, "STEPS": steps, "LR": lr}
-            how |= {"SUPERVISE": supervise, "K": 0, "TRAIN_VISION": True, "CACHE_FEATURES": False}
+            how |= {"SUPERVISE": supervise, "K": 0, "TRAIN_VISION": False, "CACHE_FEATURES": True}
             how |= {"EVAL_EVERY": 0, "TEST_ROWS": 0, "GLOBAL_BATCH": GLOBAL_BATCH, "MICRO_BATCH": MICRO_BATCH}
             how |= {"SAVE_EVERY": SAVE_EVERY, "LOG_EVERY": LOG_EVERY}
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={PROCESSES}"]

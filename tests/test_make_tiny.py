@@ -1,6 +1,7 @@
 """assets/make_tiny.py: rows that ground and bind letters, the random network, the chain of stages."""
 
 import json
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import refused, run_script, write_data
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import generate_data as gd
@@ -17,7 +19,7 @@ import make_tiny
 from model import read_rows
 
 FEW = ["CLIPS=4", "TEST_CLIPS=2", "OPTION_ROWS=60", "OPTION_TEST_ROWS=6", "TOY_CLIPS=(4, 2, 1, 1)"]
-FEW += ["VOCAB=512", "MICRO_BATCH=4", "PROCESSES=1", "WORKERS=2"]
+FEW += ["EYES=(4, 3, 1e-3)", "VOCAB=512", "MICRO_BATCH=4", "PROCESSES=1", "WORKERS=2"]
 STAGES = [("ground", "grounding cells", 2, 1e-3, "all"), ("easy", "plain", 3, 5e-4, "letters")]
 MOTION_WORDS = "mov|pan|tilt|roll|dolly|truck|pedestal|toward|away|closer|farther|speed|up\\b|down"
 
@@ -140,14 +142,163 @@ def test_a_near_drill_copies_each_list_before_its_labels():
     assert seen == set("ABCD")
 
 
+# ---------------------------------------------------------------- eyes
+
+
+def test_covers_are_shares_of_cells():
+    """Worked by hand: 2 x 2 cells, a lit green box over half of the first; the sun at first over the last."""
+    masks = np.zeros((2, 2, 28, 28), bool)
+    masks[0, :, :7, :14] = True
+    masks[1, 0, 14:, 14:] = True  # in one of two frames
+    cover = make_tiny.covers(masks, ["green box", "sun"], [1, 0])
+    words = [*gd.COLOURS, *gd.SHAPES, "sun", "sky", "lit"]
+    names = [*words, *(f"{word} at last" for word in words), "left", "right", "upper", "lower"]
+    shown = [{name: share for name, share in zip(names, cell) if share} for cell in cover.tolist()]
+    box = {name: 0.5 for word in ("green", "box", "lit") for name in (word, f"{word} at last")}
+    assert shown == [
+        box | {"left": 1, "upper": 1},
+        {"right": 1, "upper": 1},
+        {"left": 1, "lower": 1},
+        {"sun": 1, "right": 1, "lower": 1},
+    ]
+
+
+def test_sights_are_a_video_and_two_overlays():
+    """A cover and a flow for each visual token; only overlays are highlighted, only the video moves."""
+    video, *overlays = make_tiny.sights(3)
+    lit = len(gd.COLOURS) + len(gd.SHAPES) + 2
+    assert video[1][0] == gd.FRAMES // 2 and len(overlays) == 2 and not video[2][:, lit].any()
+    for pixels, grid, cover, shift in (video, *overlays):
+        assert len(pixels) == np.prod(grid) == 4 * len(cover) == 4 * len(shift)
+    assert video[3].any() and not any(shift.any() for *_, shift in overlays)
+    for _, _, cover, _ in overlays:
+        colour = cover[:, : len(gd.COLOURS)]
+        thing = colour[:, (colour * cover[:, [lit]]).sum(0).argmax()]
+        assert 0 < cover[:, lit].sum() and np.allclose(cover[:, lit], thing)
+
+
+def test_the_sky_is_above_the_horizon():
+    """Of an upright frame: above the height that "track" names is nearly all sky or things, below it none."""
+    for number in range(30):
+        clip, (_, grid, cover, _) = gd.toy_clip("train", number)[0][0][0], make_tiny.sights(number)[0]
+        right, up, forward = clip["rot"][0, 1]
+        horizon = 0.5 + forward / up / gd.view_width(gd.HFOV)
+        if abs(right) < 0.02 and 0.3 < horizon < 0.7:
+            break
+    sky = cover[: grid[1] * grid[2] // 4, len(gd.COLOURS) + len(gd.SHAPES) + 1]
+    side = math.isqrt(len(sky))
+    middle, rows = (np.arange(side) + 0.5) / side, sky.reshape(side, side).max(1)
+    assert abs(right) < 0.02 and 0.3 < horizon < 0.7  # there is such a clip
+    assert (rows[middle < horizon - 0.15] > 0.9).all() and (rows[middle > horizon + 0.15] == 0).all()
+
+
+def test_eyes_alone_are_trained(folder):
+    """Only the visual encoder moves, and after them no stage moves it."""
+    random, eyes = (load_file(folder / name / "model.safetensors") for name in ("random", "eyes"))
+    stage = load_file(folder / "ground/step_000002/model.safetensors")
+    for name in random:
+        if "visual" in name:
+            assert torch.equal(stage[name], eyes[name])
+            assert not torch.equal(eyes[name], random[name])
+        elif "embed_tokens" not in name:  # that one has got rows for the latent tokens
+            assert torch.equal(eyes[name], random[name])
+
+
+def test_eyes_learn(folder, tmp_path, capsys):
+    """Fifty steps on four clips: the loss comes well below what knowing no picture costs."""
+    constants = {"SEED": 1, "EYES": (4, 50, 3e-3), "EYES_BATCH": 4, "LOG_EVERY": 10, "WORKERS": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in constants.items():
+            patch.setattr(make_tiny, name, value)
+        make_tiny.train_eyes(folder / "random", tmp_path / "eyes", constants)
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+),", capsys.readouterr().out)]
+    some = [sight for number in range(4) for sight in make_tiny.sights(number)]
+    covers = np.concatenate([cover for _, _, cover, _ in some])
+    blind = torch.from_numpy(covers).mean(0).expand(len(covers), -1)
+    assert losses[-1] < 0.9 * F.binary_cross_entropy(blind, torch.from_numpy(covers))
+    model = make_tiny.load_model(tmp_path / "eyes", K=0, pooling="grid")
+    with torch.no_grad():
+        features = make_tiny.look(model, some)
+    width = features.shape[1]
+    assert features.mean(0).norm() < 0.1 * width**0.5  # no direction that all of them share
+    assert features.norm(dim=1).mean().item() == pytest.approx(width**0.5, rel=0.05)  # a hidden state's
+
+
+def scene(label, kind="camera"):
+    """The first toy clip of one whole camera movement, or (kind "object") of a thing that moves that way."""
+    for number in range(2000):
+        clip = gd.toy_clip("test", number)[0][0][0]
+        facts = clip["facts"][clip["moving"][0]]
+        if kind == "camera" and [part[2] for part in clip["camera"]] == [label]:
+            return clip
+        if kind == "object" and not clip["camera"] and facts.get("direction") == label:
+            return clip
+
+
+@pytest.mark.parametrize(
+    "label, x, y", [("Pan Left", 1, 0), ("Pan Right", -1, 0), ("Tilt Up", 0, 1), ("Pedestal Up", 0, 1)]
+)
+def test_flow_has_the_sign_of_the_camera(label, x, y):
+    """Film conventions: as the camera turns left the scene moves right, as it rises the scene sinks."""
+    right, down = make_tiny.flow(scene(label)).reshape(-1, 2).mean(0)
+    assert (right * x > 2 * abs(down)) if x else (down * y > 2 * abs(right))
+
+
+def test_flow_of_a_roll_turns_and_of_a_dolly_spreads():
+    """Left and right half of the frame: a roll moves them against each other up and down, a dolly asunder."""
+    halves = {}
+    for label in ("Roll Left", "Roll Right", "Dolly In", "Dolly Out"):
+        parts = make_tiny.flow(scene(label)).reshape(4, 4, 4, 4, 2)  # pair, row, column, patch, x and y
+        halves[label] = (parts[:, :, 2:] - parts[:, :, :2]).mean((0, 1, 2, 3))
+    assert halves["Roll Left"][1] * halves["Roll Right"][1] < 0
+    assert halves["Dolly In"][0] > 0 > halves["Dolly Out"][0]
+
+
+@pytest.mark.parametrize(
+    "label, x, y", [("Moving Left", -1, 0), ("Moving Right", 1, 0), ("Moving Up", 0, -1)]
+)
+def test_flow_is_the_way_of_a_thing_before_a_still_camera(label, x, y):
+    """Where nothing but the thing moves, flow is that of the mask's own centroid, spread over its patches."""
+    clip = scene(label, "object")
+    shift = make_tiny.flow(clip).reshape(4, 16, 4, 2)
+    patches = np.stack(
+        [
+            mask.reshape(4, 2, 7, 4, 2, 7).mean((2, 5)).transpose(0, 2, 1, 3).reshape(16, 4)
+            for mask in clip["masks"][clip["moving"][0]][::2]
+        ]
+    )
+    inside, others = patches == 1, sum(clip["masks"][name][::2].sum() for name in clip["moving"][1:])
+    if not others:
+        nothing = np.stack([clip["masks"][clip["moving"][0]][::2]]).sum() and patches == 0
+        assert np.abs(shift[nothing]).max() < 1e-6
+    way = shift[inside].mean(0)
+    assert (way[0] * x > 2 * abs(way[1])) if x else (way[1] * y > 2 * abs(way[0]))
+
+
+def test_flow_is_learned_beside_the_covers(folder, tmp_path, capsys):
+    """Eighty steps on four clips tell more of the flow; what tells the covers stays, only vision changes."""
+    constants = {"SEED": 1, "EYES": (4, 3, 1e-3), "EYES_BATCH": 4, "LOG_EVERY": 10, "WORKERS": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in constants.items():
+            patch.setattr(make_tiny, name, value)
+        make_tiny.train_flow(folder / "random", tmp_path / "flow", 80, 3e-3, constants)
+    lines = re.findall(r"covers changed ([\d.]+) \| flow missed ([\d.]+)", capsys.readouterr().out)
+    assert len(lines) == 8
+    assert float(lines[-1][1]) < 0.7 * float(lines[0][1]) and float(lines[-1][0]) < 0.1
+    before = load_file(folder / "random/model.safetensors")
+    after = load_file(tmp_path / "flow/model.safetensors")
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed and all("visual" in name for name in changed)
+
+
 # ---------------------------------------------------------------- stages
 
 
 def test_a_stage_is_a_real_run_of_dift(folder):
-    """Two steps from the random network on the stage's own rows, without imagery, vision trained."""
+    """Two steps from the network with trained eyes, on the stage's own rows, vision frozen."""
     run = json.loads((folder / "ground/step_000002/config.json").read_text())["run"]
-    assert run["K"] == 0 and run["TRAIN_VISION"] is True and run["STEPS"] == 2 and run["SUPERVISE"] == "all"
-    assert Path(run["MODEL"]).name == "random" and Path(run["DATA"]).name == "stage_ground.jsonl"
+    assert run["K"] == 0 and run["TRAIN_VISION"] is False and run["STEPS"] == 2 and run["SUPERVISE"] == "all"
+    assert Path(run["MODEL"]).name == "eyes" and Path(run["DATA"]).name == "stage_ground.jsonl"
     kinds = {row["subtask"] for row in read_rows(folder / "rows/stage_ground.jsonl")}
     assert kinds == {"grounding", "cells"}
 
@@ -176,6 +327,25 @@ def test_a_chain_goes_on_where_it_stopped(folder, monkeypatch, capsys):
     refused(lambda: make(monkeypatch, folder, f"STAGES={STAGES}"), "stage easy failed")
     refused(lambda: make(monkeypatch, folder, "SEED=2"), "another SEED")
     assert len(asked) == 2
+
+
+def test_a_stage_may_be_the_encoder_alone(folder, monkeypatch):
+    """A stage without rows changes vision, once, and the next stage starts from it."""
+    asked, run = [], subprocess.run
+
+    def fake(command, **how):
+        if "torch.distributed.run" not in command:
+            return run(command, **how)
+        asked.append(dict(word.split("=", 1) for word in command if re.match("[A-Z_]+=", word)))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    stages = [STAGES[0], ("flow", "", 2, 1e-3, ""), ("after", "plain", 3, 5e-4, "letters")]
+    make(monkeypatch, folder, f"STAGES={stages}")
+    written = (folder / "pixels/model.safetensors").stat().st_mtime_ns
+    make(monkeypatch, folder, f"STAGES={stages}")
+    assert (folder / "pixels/model.safetensors").stat().st_mtime_ns == written
+    assert [how["MODEL"] for how in asked] == [str(folder / "flow")] * 2
 
 
 # ---------------------------------------------------------------- the network
