@@ -12,8 +12,8 @@ Out: OUT/rows/pretrain{,_test}.jsonl   rows that ground ("track", "cells") and b
     python assets/make_tiny.py CLIPS=8 OPTION_ROWS=60 MOST_STEPS=2 OUT=out/trial    # does it run at all
 
 Not a stage that a user runs. The visual encoder learns first, by a head that is thrown away, what each of its
-tokens shows. Each of STAGES is a run of dift.py without imagery (K=0, vision frozen) that starts where the one
-before ended; in "flow", which has no rows, the visual encoder alone learns to tell how the picture moves
+tokens shows. Each of STAGES is a run of dift.py without imagery (K=0, vision frozen) that starts where the
+one before ended; in "flow", which has no rows, the visual encoder alone learns to tell how the picture moves
 between the two frames of a token. A killed run continues when started again.
 """
 
