@@ -35,6 +35,7 @@ import torch.distributed as dist
 import transformers
 
 import evaluate
+from dift import lr_at
 from model import Images, all_sum, check, checkpoint_layers, collate, encode_row, full, generate
 from model import init_distributed, load_model, load_optimizer, newest_checkpoint, parallelise, read_rows
 from model import rows_of_step, save_checkpoint, set_constants, whole
@@ -53,12 +54,12 @@ HOLDOUT_ROWS = 500  # rows of HOLDOUT and of SINGLES that are scored, at most
 LATENT_REPLAY = True  # False feeds pad embeddings at latent positions, as the release does (ablation)
 PREFIX = "shared"  # shared: a prompt is read once for its G answers | rows: once for each, the same numbers
 # --- optimisation
-STEPS = 400  # rounds of sampling and updating
-GLOBAL_BATCH = 8  # questions of one step over all devices, with G answers each
+STEPS = 100  # rounds of sampling and updating
+GLOBAL_BATCH = 16  # questions of one step over all devices, with G answers each
 MICRO_BATCH = 4  # questions of one forward pass of the update on one device
 MU = 1  # updates on the same answers; beyond 1 the ratio leaves 1 and is clipped
-LR = 1e-4  # learning rate after warm-up (release: 1e-6 for the 3B model)
-WARMUP = 10  # steps of linear warm-up, constant from there
+LR = 1e-4  # peak learning rate (release: 1e-6 for the 3B model)
+WARMUP = 10  # steps of linear warm-up, then linear decay to zero (ours)
 WEIGHT_DECAY = 0.0  # (ours)
 CLIP = 1.0  # largest norm of the gradient (release)
 # --- RL
@@ -312,8 +313,7 @@ if __name__ == "__main__":
 
     for step in range(start, STEPS):
         began = time.time()
-        lr = LR * min(1, (step + 1) / max(1, WARMUP))
-        optimizer.param_groups[0]["lr"] = lr
+        lr = optimizer.param_groups[0]["lr"] = lr_at(step, STEPS, WARMUP, LR)
         if not CACHE_FEATURES:
             images.kept.clear()
 

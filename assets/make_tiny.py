@@ -242,17 +242,17 @@ def kinds_of(line):
 # ---------------------------------------------------------------- the network
 
 
-def make_network(out, data, config=CONFIG, vocab=VOCAB, seed=0):
+def make_network(out, data, config=CONFIG, vocab=VOCAB, seed=0, prompts=1 / 30):
     """Trains a byte-level BPE on the rows of `data`/*.jsonl, draws random weights, writes a checkpoint.
 
     The tokenizer has Qwen's special tokens; the latent ones come with the first dift.py run, as for a Qwen.
     """
-    texts = []
+    texts = [SUFFIX, PROMPT.format(video="", text="")]
     for file in sorted(Path(data).glob("*.jsonl")):
         rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
         texts += [value for row in rows for value in row.values() if isinstance(value, str)]
-    # the words around every question, as often as every tenth row, so that they take few tokens
-    texts += re.split(r"<\|\w+\|>", PROMPT.format(video="", text=SUFFIX)) * (len(texts) // 30)
+    # the words around every question, so often for each text of the rows that they take few tokens
+    texts += re.split(r"<\|\w+\|>", PROMPT.format(video="", text=SUFFIX)) * int(len(texts) * prompts)
     names = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
     specials = [f"<|{name}|>" for name in names]
     tok = Qwen2Tokenizer().train_new_from_iterator(texts, vocab, new_special_tokens=specials)

@@ -93,7 +93,8 @@ def write_data(folder, count=8, clips=4, frames=4, seed=0):
 def make_world(folder, tied=True, text=(), **vision):
     """folder/data with rows, folder/base with the random network -> folder."""
     write_data(folder / "data")
-    make_network(folder / "base", folder / "data", write_config(folder / "config.json", tied, text, **vision))
+    config = write_config(folder / "config.json", tied, text, **vision)
+    make_network(folder / "base", folder / "data", config, prompts=0)
     return folder
 
 

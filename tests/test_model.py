@@ -800,10 +800,9 @@ def talker(tiny):
 
 def prompts(model, rows):
     """Prompts of different lengths: short and long questions, two clips, three frames, no video."""
-    long = "Why is the box red, where is it, and how does it move?\n\nA. Pan Left\nB. Left\nC. Tilt Up\nD. Up"
-    some = [rows[0], rows[1] | {"text_input": long}]
+    some = [rows[0], rows[1] | {"text_input": "Why is the box red, and where?\n\nA. Pan Left\nB. Left"}]
     some += [rows[2] | {"image_input": rows[2]["image_input"][:3], "times": [0.0, 2.0, 9.5]}]
-    some += [rows[3] | {"image_input": [], "times": []}, rows[4], rows[5] | {"text_input": "Where and why?"}]
+    some += [rows[3] | {"image_input": [], "times": []}, rows[4], rows[5] | {"text_input": "Where?"}]
     samples = [encode_row(model, row, answer=False) for row in some]
     assert len({len(sample["ids"]) for sample in samples}) >= 4
     return samples

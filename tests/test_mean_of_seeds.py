@@ -1,0 +1,51 @@
+"""tests/mean_of_seeds.py: the mean of several runs and its interval, worked by hand."""
+
+import json
+import math
+
+import mean_of_seeds
+import pytest
+from helpers import refused, run_script
+
+
+def write(folder, right):
+    """Answers with ids in order; (subtask, right) each."""
+    folder.mkdir(parents=True)
+    rows = ({"id": n, "subtask": name, "correct": bool(good)} for n, (name, good) in enumerate(right))
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs of three questions: 1 right before; 2 and 3 after."""
+    names = ["camera_pair", "camera_single", "object_speed"]
+    for run, after in (("a", [1, 1, 0]), ("b", [1, 1, 1])):
+        for kind in ("compound", "single"):
+            write(tmp_path / run / "before" / kind, zip(names, [1, 0, 0]))
+            write(tmp_path / run / "after" / kind, zip(names, after))
+    return [str(tmp_path / name) for name in "ab"]
+
+
+def test_rises_are_those_worked_by_hand(runs):
+    """Changes by question are 0, 1 and a half: mean 50 points, standard deviation 50."""
+    table = mean_of_seeds.rises(runs, "single")
+    n, before, after, rise, half = table["single, all"]
+    assert (
+        n == 3 and (before, rise) == pytest.approx((100 / 3, 50)) and after == pytest.approx([200 / 3, 100])
+    )
+    assert half == pytest.approx(1.96 * 50 / math.sqrt(3))
+    assert table["camera (both)"][0] == 2 and table["camera (both)"][3] == pytest.approx(50)
+    assert table["object_speed"][2] == [0, 100] and list(table)[-1] == "single, all"
+
+
+def test_the_script_prints_both_kinds(runs, monkeypatch, capsys):
+    run_script(monkeypatch, "tests/mean_of_seeds.py", f"RUNS={' '.join(runs)}")
+    said = capsys.readouterr().out
+    assert "single, all" in said and "compound, all" in said and "+50.0 (-6.6 to +106.6)" in said
+
+
+def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path):
+    write(tmp_path / "c/before/compound", [("camera_pair", 0)])
+    write(tmp_path / "c/after/compound", [("camera_pair", 0)])
+    refused(lambda: mean_of_seeds.rises([runs[0], str(tmp_path / "c")], "compound"), "from one model")
+    refused(lambda: mean_of_seeds.rises([str(tmp_path / "none")], "compound"), "is missing")
