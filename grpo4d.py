@@ -35,7 +35,6 @@ import torch.distributed as dist
 import transformers
 
 import evaluate
-from dift import lr_at
 from model import Images, all_sum, check, checkpoint_layers, collate, encode_row, full, generate
 from model import init_distributed, load_model, load_optimizer, newest_checkpoint, parallelise, read_rows
 from model import rows_of_step, save_checkpoint, set_constants, whole
@@ -313,7 +312,8 @@ if __name__ == "__main__":
 
     for step in range(start, STEPS):
         began = time.time()
-        lr = optimizer.param_groups[0]["lr"] = lr_at(step, STEPS, WARMUP, LR)
+        lr = LR * min((step + 1) / max(1, WARMUP), (STEPS - step) / max(1, STEPS - WARMUP))
+        optimizer.param_groups[0]["lr"] = lr
         if not CACHE_FEATURES:
             images.kept.clear()
 
