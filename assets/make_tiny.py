@@ -8,7 +8,7 @@ Out: OUT/rows/pretrain{,_test}.jsonl   rows that ground ("track", "cells") and b
      OUT/eyes/                         the same, its visual encoder trained by itself
      OUT/<stage>/step_*/               checkpoints; the last stage's is what assets/tiny holds
 
-    python assets/make_tiny.py                                                # an hour on two cores
+    python assets/make_tiny.py                                                # 70 minutes on two cores
     python assets/make_tiny.py CLIPS=8 OPTION_ROWS=60 MOST_STEPS=2 OUT=out/trial    # does it run at all
 
 Not a stage that a user runs. The visual encoder learns first, by a head that is thrown away, what each of its
@@ -399,7 +399,7 @@ def centre(model, clips):
     last.bias.sub_(mean).mul_(scale)
 
 
-def code(shift):
+def flow_code(shift):
     """Flow of tokens' patches (N, 8) in pixels -> (N, 10): squashed, to show slow things, and its mean."""
     return torch.cat([torch.tanh(shift / 0.8), shift.view(len(shift), -1, 2).mean(1) / 1.7], 1)
 
@@ -434,7 +434,7 @@ def train_flow(parent, out, steps, peak, constants):
         with torch.no_grad():
             before = look(old, some)
         changed = ((features - before) @ covering).pow(2).mean() / energy
-        missed = weight @ (features @ flowing / FLOW_SIZE - code(shift)).pow(2).mean(1) / weight.sum()
+        missed = weight @ (features @ flowing / FLOW_SIZE - flow_code(shift)).pow(2).mean(1) / weight.sum()
         optimizer.param_groups[0]["lr"] = lr_at(step, steps, 20, peak)
         optimizer.zero_grad()
         (5 * changed + 2 * missed).backward()
