@@ -45,8 +45,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
-from model import Images, check, encode_row, generate, video_grid
-from model import init_distributed, load_model, newest_checkpoint, read_rows, read_table, set_constants
+from assets.tables import read_table
+from model import Images, check, encode_row, generate, init_distributed, load_model, newest_checkpoint
+from model import read_rows, set_constants, video_grid
 
 # --- paths
 MODEL = "out/dift"  # run folder (its newest checkpoint is taken) or one checkpoint
@@ -141,8 +142,7 @@ def wilson(correct, n, z=1.959964):
 
 def mean(values):
     """Mean of some numbers; None if there are none."""
-    values = list(values)
-    return sum(values) / len(values) if values else None
+    return sum(found) / len(found) if (found := list(values)) else None
 
 
 def count(results):

@@ -53,7 +53,8 @@ sys.path.append(str(Path(__file__).resolve().with_name("assets")))
 import ask_endpoint
 import segment_files
 import spatialvid
-from model import check, read_table, set_constants
+from assets.tables import read_table
+from model import check, set_constants
 
 # paths
 OUT = "out/toy"  # folder that is written

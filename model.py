@@ -17,7 +17,6 @@ Differs from the paper:
 
 import ast
 import atexit
-import csv
 import difflib
 import functools
 import json
@@ -30,7 +29,6 @@ import sys
 import time
 from contextlib import nullcontext
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -194,25 +192,6 @@ def read_rows(path, limit=None):
     return rows
 
 
-def read_table(path):
-    """A file's entries: parquet, csv, tsv, jsonl or json (a list, a dict of them or of lists) -> [dict]."""
-    check(path.suffix != ".parquet" or find_spec("pyarrow"), f"{path} needs pyarrow: pip install pyarrow.")
-    try:
-        if path.suffix == ".parquet":
-            return import_module("pyarrow.parquet").read_table(path).to_pylist()
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix in (".csv", ".tsv"):
-                return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-            lines = path.suffix == ".jsonl"
-            entries = [json.loads(line) for line in file if line.strip()] if lines else json.load(file)
-        if isinstance(entries, dict) and all(isinstance(some, list) for some in entries.values()):
-            # DSR-Train: the questions of each video
-            return [{"videoID": name, **entry} for name, some in entries.items() for entry in some]
-        return list(entries.values() if isinstance(entries, dict) else entries)
-    except (TypeError, ValueError, csv.Error) as error:
-        check(False, f"{path} is no valid {path.suffix[1:]} file ({error}); download it again.")
-
-
 def normalise_row(raw, where, folder):
     """One JSON row of the release's DIFT or 4DRL schema -> the shape that read_rows promises."""
     raw = from_rl_row(raw, where) if "Question" in raw else raw
@@ -265,11 +244,16 @@ def find_file(name, folder, where):
     sys.exit(f"{where}: there is no file {name}, neither as written nor beside {folder}.")
 
 
+@functools.lru_cache(2)
+def order_of_epoch(count, epoch, seed):
+    """A shuffle of range(count); kept, for every step of the epoch asks for it."""
+    return random.Random(f"{seed}-{epoch}").sample(range(count), count)
+
+
 def rows_of_step(step, count, batch, seed):
     """Indices of a step's global batch: a walk through one shuffle per epoch, a function of (seed, step)."""
-    walk = [divmod(position, count) for position in range(step * batch, (step + 1) * batch)]
-    orders = {epoch: random.Random(f"{seed}-{epoch}").sample(range(count), count) for epoch, _ in walk}
-    return [orders[epoch][position] for epoch, position in walk]
+    walk = (divmod(position, count) for position in range(step * batch, (step + 1) * batch))
+    return [order_of_epoch(count, epoch, seed)[position] for epoch, position in walk]
 
 
 # ---------------------------------------------------------------- pixels
@@ -529,39 +513,63 @@ def windowed_attention(self, hidden_states, cu_seqlens, position_embeddings=None
     return self.proj(out.flatten(1))  # (P, width)
 
 
-class TargetLogps(torch.autograd.Function):
-    """log softmax(logits / temperature) at one id a row, banned ids left out: (n, V), (n,) -> (n,).
+class Words(torch.autograd.Function):
+    """Rows of the table of words, and the table for a tied head: (V, D), (B, T) -> (B, T, D), (V, D).
 
-    The logits' own memory becomes exp(logits - largest) and in the backward pass their gradient, for a row
-    g (onehot - softmax): no second tensor of this size. What made the logits must not need them again.
+    The gradient of the rows goes right into the one that the head gives the table; autograd would copy that.
     """
 
     @staticmethod
-    def forward(ctx, logits, ids, banned, temperature):
-        x = logits if banned is None else logits.index_fill_(-1, banned, -torch.inf)
+    def forward(ctx, table, ids):
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, table), table.view_as(table)
+
+    @staticmethod
+    def backward(ctx, rows, table):
+        return table.index_add_(0, ctx.saved_tensors[0].flatten(), rows.flatten(0, 1)), None
+
+
+class TargetLogps(torch.autograd.Function):
+    """log softmax(hidden · tableᵀ / temperature) at one id a row, banned ids left out -> (n,) float32.
+
+    hidden (n, D), table (V, D) of the head, ids (n,). Logits are made in blocks of words, which stay in a
+    CPU's cache. Their memory becomes exp(logits - largest) and in the backward pass their gradient, for a row
+    g (onehot - softmax): no second tensor of this size.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, table, ids, banned, temperature):
+        logits = hidden.new_empty(len(hidden), len(table))
+        for part, words in zip(logits.split(4096, dim=1), table.split(4096)):
+            torch.mm(hidden, words.T, out=part)
+        x = logits.float()
+        x = x if banned is None else x.index_fill_(-1, banned, -torch.inf)
         x.div_(temperature).sub_(x.amax(dim=-1, keepdim=True))
         target = x.gather(-1, ids[:, None])  # (n, 1)
         total = x.exp_().sum(dim=-1, keepdim=True)
         ctx.temperature = temperature
-        ctx.save_for_backward(x, ids[:, None], total)
+        ctx.save_for_backward(hidden, table, x, ids[:, None], total)
         return (target - total.log())[:, 0]
 
     @staticmethod
     def backward(ctx, g):
-        x, ids, total = ctx.saved_tensors
+        hidden, table, x, ids, total = ctx.saved_tensors
         g = g[:, None] / ctx.temperature
-        return x.mul_(-g / total).scatter_add_(-1, ids, g), None, None, None
+        g = x.mul_(-g / total).scatter_add_(-1, ids, g).to(hidden.dtype)  # (n, V)
+        return g @ table, g.T @ hidden, None, None, None
 
 
-def token_logps(hidden, head, targets, banned=None, temperature=1.0, chunk=512):
+def token_logps(hidden, table, targets, banned=None, temperature=1.0, chunk=1024):
     """Log-probability of each target token under its hidden state, in chunks: (n, D), (n,) -> (n,) float32.
 
     Only supervised positions come here, so no (B, T, V) tensor exists; beyond one chunk, logits are made
-    again in the backward pass instead of being kept.
+    again in the backward pass instead of being kept. table (V, D): the head's weights.
     """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden, table = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, table))
 
     def one(rows, ids):
-        return TargetLogps.apply(head(rows).float(), ids, banned, temperature)
+        return TargetLogps.apply(rows, table, ids, banned, temperature)
 
     parts = zip(hidden.split(chunk), targets.split(chunk))
     again = functools.partial(checkpoint, one, use_reentrant=False) if len(targets) > chunk else one
@@ -614,13 +622,15 @@ class Thinker(nn.Module):
         return hidden if norm is None else F.normalize(hidden, dim=-1) * norm
 
     def embed(self, ids, is_visual, features, is_latent=None, latents=None):
-        """Token embeddings (B, T, D) with visual features and latents (n, D), in row order, put in place."""
-        words, tied = self.net.get_input_embeddings().weight, self.net.config.tie_word_embeddings
-        x = F.embedding(ids, words, sparse=tied)  # (B, T, D); sparse: a gradient of these rows, not of all
+        """Token embeddings (B, T, D) with visual features and latents (n, D), in row order, put in place.
+
+        With them comes the table of words (V, D), for the head if that is tied to it.
+        """
+        x, words = Words.apply(self.net.get_input_embeddings().weight, ids)
         for places, values in ((is_visual, features), (is_latent, latents)):
             if values is not None:
                 x = x.masked_scatter(places[..., None], values.to(x.dtype))
-        return x
+        return x, words
 
     def text(self, x, positions, is_real=None, past=None):
         """The language model: x (B, T, D), positions (3, B, T) -> hidden states after the norm (B, T, D).
@@ -640,7 +650,7 @@ class Thinker(nn.Module):
         if self.training:
             raise RuntimeError("Call eval() first: activation checkpointing drops the cache and the imagery.")
         features, _ = self.visual_inputs(batch)
-        x = self.embed(batch["ids"], batch["is_visual"], features)
+        x, _ = self.embed(batch["ids"], batch["is_visual"], features)
         past = DynamicCache(config=self.net.config.text_config)
         hidden = self.text(x, batch["positions"], batch["is_real"], past)[:, -1:]
         past.batch_repeat_interleave(copies)
@@ -666,12 +676,13 @@ class Thinker(nn.Module):
         given, places = 0 if targets is None else len(targets), len(latent_at)
         if given != places:  # the pitfall: imagery silently left out
             raise ValueError(f"{batch['where']}: {places} latent positions, {given} latents.")
-        x = self.embed(ids, batch["is_visual"], features, batch["is_latent"], targets)
+        x, words = self.embed(ids, batch["is_visual"], features, batch["is_latent"], targets)
         hidden = self.text(x, batch["positions"], is_real, past)  # (B, T, D)
         before = before if prompts else hidden[:, :1]  # a whole row's first token is nobody's target
         hidden = torch.cat([before, hidden[:, :-1]], dim=1).flatten(0, 1)  # position t-1 speaks about token t
         rows, banned = hidden[text_at], self.banned if ban else None  # (n_text, D)
-        logp = token_logps(rows, self.net.lm_head, ids.flatten()[text_at], banned, temperature)
+        table = words if self.net.config.tie_word_embeddings else self.net.lm_head.weight
+        logp = token_logps(rows, table, ids.flatten()[text_at], banned, temperature)
         return logp, hidden[latent_at], targets
 
 

@@ -235,7 +235,7 @@ def weights():
     return text, eye + 16 * w * w + 4 * w * v["out_hidden_size"], table
 
 
-def predict_memory(stage, rows=1, half=True, checkpointing=False, optimiser=True, chunk=512, devices=1):
+def predict_memory(stage, rows=1, half=True, checkpointing=False, optimiser=True, chunk=1024, devices=1):
     """Peak bytes that PyTorch allocates -> {"weights", "gradients", "moments", "activations", "peak"}.
 
     stage: dift, rows of a micro-batch | update, rows questions with G answers each behind a shared prompt.
@@ -278,7 +278,8 @@ def predict_memory(stage, rows=1, half=True, checkpointing=False, optimiser=True
         kept + whole * checkpointing + made + 4 * table,
     ]  # the head's, the last layer's,
     moments += [whole + made + parts["gradients"]]  # the first layer's backward,
-    moments += [parts["gradients"] + 4 * table * b.TIED]  # the lookup's rows added to the table's gradient
+    # the gradient of the prompts' words, a table of its own, added to the head's
+    moments += [parts["gradients"] + 4 * table * (b.TIED and stage == "update")]
     return parts | {"peak": parts["weights"] + parts["moments"] + max(moments)}
 
 

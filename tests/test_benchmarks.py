@@ -17,7 +17,7 @@ from measure_base import show
 from safetensors.torch import load_file, save_file
 
 import evaluate
-import model as model_py
+from assets import tables
 from model import load_model
 
 
@@ -171,8 +171,8 @@ def test_parquet_goes_through_pyarrow(tmp_path, monkeypatch):
     (tmp_path / "benchmark.parquet").write_bytes(b"PAR1")
     table = type("Table", (), {"to_pylist": lambda self: rows})
     stand_in = type("Parquet", (), {"read_table": lambda self, path: table()})
-    monkeypatch.setattr(model_py, "find_spec", lambda name: True)
-    monkeypatch.setattr(model_py, "import_module", lambda name: stand_in())
+    monkeypatch.setattr(tables, "find_spec", lambda name: True)
+    monkeypatch.setattr(tables, "import_module", lambda name: stand_in())
     assert [row["key"] for row in evaluate.read_bench("dsr", str(tmp_path))] == ["A", "B", "C", "B", "D", "A"]
 
 
@@ -692,7 +692,7 @@ def test_a_bad_file_is_one_sentence(tmp_path, monkeypatch):
     refused(lambda: evaluate.read_bench("dsr", str(tmp_path / "five.json")), "five.json", "no valid json")
     (tmp_path / "benchmark.json").write_text('[{"type": ')
     refused(lambda: evaluate.read_bench("dsr", str(tmp_path / "benchmark.json")), "no valid json")
-    monkeypatch.setattr(model_py, "find_spec", lambda name: None)
+    monkeypatch.setattr(tables, "find_spec", lambda name: None)
     (tmp_path / "benchmark.parquet").write_bytes(b"PAR1")
     refused(lambda: evaluate.read_bench("dsr", str(tmp_path)), "pip install pyarrow")
 

@@ -8,7 +8,7 @@ from helpers import refused, run_script
 from test_real_data import write_video
 
 import evaluate
-import model as model_py
+from assets import tables
 from model import read_rows
 
 ASK = {"Type": "abs_dir", "Question": "Where to?", "A": "A. Left", "B": "Right", "C": "Up", "D": "Down"}
@@ -44,12 +44,10 @@ def test_questions_become_4drl_rows(folder, monkeypatch, tmp_path, capsys, file,
     row = {"videoID": "def_2", "type": "abs_spd", "question": "How fast?", "answer": "D"}
     row["options"] = ["A. Left", "B. (1) up. (2) down.", "C. x", "D. y"]
     table = type("Table", (), {"to_pylist": lambda self: [dict(row), row | {"videoID": "ghi_3"}]})
-    monkeypatch.setattr(model_py, "find_spec", lambda name: True)
+    monkeypatch.setattr(tables, "find_spec", lambda name: True)
     parquet = type("Parquet", (), {"read_table": lambda self, path: table()})
-    whole = model_py.import_module
-    monkeypatch.setattr(
-        model_py, "import_module", lambda name: parquet() if "pyarrow" in name else whole(name)
-    )
+    whole = tables.import_module
+    monkeypatch.setattr(tables, "import_module", lambda name: parquet() if "pyarrow" in name else whole(name))
     monkeypatch.setattr(evaluate, "CACHE", str(tmp_path / "frames"))
     rows = generate(monkeypatch, folder, tmp_path / "out", file)
     assert len(rows) == count == len({row["id"] for row in rows}) and {row["key"] for row in rows} == {key}
