@@ -56,7 +56,7 @@ MATCH_NORM = True  # at inference, hidden states are fed back with the mean norm
 TRAIN_VISION = False  # True only for pretraining (paper: frozen)
 SUPERVISE = "all"  # all | letters: what the text loss sees; option letters alone for pretraining (ours)
 # --- optimisation
-STEPS = 1400  # optimiser steps
+STEPS = 1900  # optimiser steps
 GLOBAL_BATCH = 16  # rows of one step over all devices (release: 8)
 MICRO_BATCH = 16  # rows of one forward pass on one device; accumulation follows from it
 LR = 2e-3  # peak learning rate (release: 1e-5 for the 3B model)
@@ -67,8 +67,8 @@ W_CE = 1.0  # weight of the text loss in Eq. 7 (release: 0.1)
 W_SIM = 1.0  # weight of the imagery loss in Eq. 7 (release)
 # --- logging
 LOG_EVERY = 20  # steps between printed lines; every step goes to the log file
-EVAL_EVERY = 350  # steps between looks at retrieval@1 on 64 held-out rows; 0: never
-SAVE_EVERY = 350  # steps between checkpoints
+EVAL_EVERY = 475  # steps between looks at retrieval@1 on 64 held-out rows; 0: never
+SAVE_EVERY = 475  # steps between checkpoints
 # --- system
 RESUME = "auto"  # auto: go on from the newest checkpoint in OUT | never: start afresh
 CACHE_FEATURES = True  # keep frozen-vision features in memory, so that a clip is encoded once

@@ -53,11 +53,11 @@ HOLDOUT_ROWS = 500  # rows of HOLDOUT and of SINGLES that are scored, at most
 LATENT_REPLAY = True  # False feeds pad embeddings at latent positions, as the release does (ablation)
 PREFIX = "shared"  # shared: a prompt is read once for its G answers | rows: once for each, the same numbers
 # --- optimisation
-STEPS = 100  # rounds of sampling and updating
-GLOBAL_BATCH = 16  # questions of one step over all devices, with G answers each
+STEPS = 60  # rounds of sampling and updating
+GLOBAL_BATCH = 48  # questions of one step over all devices, with G answers each
 MICRO_BATCH = 4  # questions of one forward pass of the update on one device
 MU = 1  # updates on the same answers; beyond 1 the ratio leaves 1 and is clipped
-LR = 1e-4  # peak learning rate (release: 1e-6 for the 3B model)
+LR = 2.5e-4  # peak learning rate (release: 1e-6 for the 3B model)
 WARMUP = 10  # steps of linear warm-up, then linear decay to zero (ours)
 WEIGHT_DECAY = 0.0  # (ours)
 CLIP = 1.0  # largest norm of the gradient (release)
@@ -75,8 +75,8 @@ FORMAT_NEEDS_IMAGERY = True  # the format reward asks for a latent block within 
 # --- logging
 LOG_EVERY = 1  # steps between printed lines; every step goes to the log file
 SAMPLE_EVERY = 20  # steps between printed sample answers; 0: never
-EVAL_EVERY = 50  # steps between scores on HOLDOUT; 0: only before and after
-SAVE_EVERY = 50  # steps between checkpoints
+EVAL_EVERY = 30  # steps between scores on HOLDOUT; 0: only before and after
+SAVE_EVERY = 30  # steps between checkpoints
 # --- system
 RESUME = "auto"  # auto: go on from the newest checkpoint in OUT | never: start afresh
 CACHE_FEATURES = True  # keep vision features over steps; False: within a step only

@@ -621,12 +621,12 @@ class Thinker(nn.Module):
         norm = self.net.config.latent_norm
         return hidden if norm is None else F.normalize(hidden, dim=-1) * norm
 
-    def embed(self, ids, is_visual, features, is_latent=None, latents=None):
+    def embed(self, ids, is_visual, features, is_latent=None, latents=None, table=None):
         """Token embeddings (B, T, D) with visual features and latents (n, D), in row order, put in place.
 
-        With them comes the table of words (V, D), for the head if that is tied to it.
+        With them comes the table of words (V, D), for another lookup or for the head if that is tied to it.
         """
-        x, words = Words.apply(self.net.get_input_embeddings().weight, ids)
+        x, words = Words.apply(self.net.get_input_embeddings().weight if table is None else table, ids)
         for places, values in ((is_visual, features), (is_latent, latents)):
             if values is not None:
                 x = x.masked_scatter(places[..., None], values.to(x.dtype))
@@ -645,17 +645,18 @@ class Thinker(nn.Module):
     def prefill(self, batch, copies=1):
         """Reads left-padded prompts once, for `copies` answers to each, side by side: B = rows · copies.
 
-        -> their cache, last hidden state (B, 1, D), is_real (B, T) and largest position (B,).
+        -> their cache, last hidden state (B, 1, D), is_real (B, T), largest position (B,), and the table of
+        words (V, D) as `embed` hands it on.
         """
         if self.training:
             raise RuntimeError("Call eval() first: activation checkpointing drops the cache and the imagery.")
         features, _ = self.visual_inputs(batch)
-        x, _ = self.embed(batch["ids"], batch["is_visual"], features)
+        x, words = self.embed(batch["ids"], batch["is_visual"], features)
         past = DynamicCache(config=self.net.config.text_config)
         hidden = self.text(x, batch["positions"], batch["is_real"], past)[:, -1:]
         past.batch_repeat_interleave(copies)
         shared = (hidden, batch["is_real"], batch["positions"].amax(dim=(0, 2)))
-        return past, *(x.repeat_interleave(copies, dim=0) for x in shared)
+        return past, *(x.repeat_interleave(copies, dim=0) for x in shared), words
 
     def forward(self, batch, latents=None, ban=False, temperature=1.0):
         """Teacher-forced pass over right-padded rows -> logp (n_text,), imagined and targets (n_latent, D).
@@ -666,9 +667,9 @@ class Thinker(nn.Module):
         once.
         """
         ids, text_at, latent_at, is_real = batch["ids"], batch["text_at"], batch["latent_at"], None
-        features, targets, past, prompts = None, None, None, batch.get("prompts")
+        features, targets, past, words, prompts = None, None, None, None, batch.get("prompts")
         if prompts:
-            past, before, is_real, _ = self.prefill(prompts, len(ids) // len(prompts["ids"]))
+            past, before, is_real, _, words = self.prefill(prompts, len(ids) // len(prompts["ids"]))
             is_real = torch.cat([is_real, batch["is_real"]], dim=1) if len(prompts["ids"]) > 1 else None
         else:
             features, targets = self.visual_inputs(batch)
@@ -676,7 +677,7 @@ class Thinker(nn.Module):
         given, places = 0 if targets is None else len(targets), len(latent_at)
         if given != places:  # the pitfall: imagery silently left out
             raise ValueError(f"{batch['where']}: {places} latent positions, {given} latents.")
-        x, words = self.embed(ids, batch["is_visual"], features, batch["is_latent"], targets)
+        x, words = self.embed(ids, batch["is_visual"], features, batch["is_latent"], targets, words)
         hidden = self.text(x, batch["positions"], is_real, past)  # (B, T, D)
         before = before if prompts else hidden[:, :1]  # a whole row's first token is nobody's target
         hidden = torch.cat([before, hidden[:, :-1]], dim=1).flatten(0, 1)  # position t-1 speaks about token t
@@ -719,7 +720,7 @@ def generate(model, samples, max_new, images=None, temperature=0.0, top_p=1.0, g
     """
     device, ids = model.banned.device, model.ids
     batch = (images or Images(model)).add(collate(samples, ids["pad"], "left"), device)
-    past, hidden, is_real, position = model.prefill(batch, max(1, len(generators or ()) // len(samples)))
+    past, hidden, is_real, position, _ = model.prefill(batch, max(1, len(generators or ()) // len(samples)))
     hidden, B = hidden[:, 0], len(hidden)  # (B, D)
     dice = [torch.rand(max_new, generator=g, dtype=torch.float64) for g in generators or ()]
     uniform = torch.stack(dice).to(device) if temperature > 0 else torch.zeros(B, max_new, device=device)

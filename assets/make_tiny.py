@@ -220,7 +220,7 @@ def start_worker(mine, toy):
 
 def make_rows(out, constants):
     """Writes OUT/rows: the toy set's files and pretrain{,_test}.jsonl, unless they are there already."""
-    toy = {"OUT": str(out), "SEED": SEED, "WORKERS": WORKERS}
+    toy = {"OUT": str(out), "SEED": SEED, "WORKERS": WORKERS, "P_OBJECT_CLIP": 0.5}
     vars(gd).update(toy)
     if gd.open_folder(out, constants):
         return

@@ -277,9 +277,7 @@ def predict_memory(stage, rows=1, half=True, checkpointing=False, optimiser=True
         kept + logits,
         kept + whole * checkpointing + made + 4 * table,
     ]  # the head's, the last layer's,
-    moments += [whole + made + parts["gradients"]]  # the first layer's backward,
-    # the gradient of the prompts' words, a table of its own, added to the head's
-    moments += [parts["gradients"] + 4 * table * (b.TIED and stage == "update")]
+    moments += [whole + made + parts["gradients"]]  # the first layer's backward
     return parts | {"peak": parts["weights"] + parts["moments"] + max(moments)}
 
 
