@@ -5,8 +5,9 @@ Out: OUT/step_*/ (checkpoints), OUT/log.jsonl, OUT/before/ and OUT/after/: answe
      questions (HOLDOUT in compound/, SINGLES in single/), afterwards with picture and report.
 
     python grpo4d.py                               # laptop: from out/dift, on the toy's compound questions
-    python grpo4d.py MODEL=out/dift_3b DATA=data/rl.jsonl HOLDOUT=data/rl_test.jsonl SINGLES="" LR=1e-6 \\
-        BETA=0.01 MAX_NEW=1024 ROLLOUT_BATCH=1 MICRO_BATCH=1 CACHE_FEATURES=False  # one GPU
+    python grpo4d.py MODEL=out/dift_3b DATA=data/rl.jsonl HOLDOUT=data/rl_test.jsonl SINGLES="" STEPS=400 \\
+        GLOBAL_BATCH=8 LR=1e-6 BETA=0.01 MAX_NEW=1024 ROLLOUT_BATCH=1 MICRO_BATCH=1 \\
+        CACHE_FEATURES=False                       # one GPU
     torchrun --nproc_per_node=8 grpo4d.py ...      # the same run on eight; PARALLEL=fsdp for 7B
 
 A step: (1) draw questions, (2) sample G answers to each, imagery included, keep the latents that were fed,

@@ -516,7 +516,8 @@ def windowed_attention(self, hidden_states, cu_seqlens, position_embeddings=None
 class Words(torch.autograd.Function):
     """Rows of the table of words, and the table for a tied head: (V, D), (B, T) -> (B, T, D), (V, D).
 
-    The gradient of the rows goes right into the one that the head gives the table; autograd would copy that.
+    Its backward adds the rows' gradient into the one that the head made of the table, in place, where
+    autograd would copy the whole table first: only a head, or another lookup, may use the second output.
     """
 
     @staticmethod
@@ -534,7 +535,7 @@ class TargetLogps(torch.autograd.Function):
 
     hidden (n, D), table (V, D) of the head, ids (n,). Logits are made in blocks of words, which stay in a
     CPU's cache. Their memory becomes exp(logits - largest) and in the backward pass their gradient, for a row
-    g (onehot - softmax): no second tensor of this size.
+    g (onehot - softmax): no second tensor of this size (with bf16 arithmetic a copy of half of it).
     """
 
     @staticmethod
@@ -542,8 +543,7 @@ class TargetLogps(torch.autograd.Function):
         logits = hidden.new_empty(len(hidden), len(table))
         for part, words in zip(logits.split(4096, dim=1), table.split(4096)):
             torch.mm(hidden, words.T, out=part)
-        x = logits.float()
-        x = x if banned is None else x.index_fill_(-1, banned, -torch.inf)
+        x = logits.float() if banned is None else logits.float().index_fill_(-1, banned, -torch.inf)
         x.div_(temperature).sub_(x.amax(dim=-1, keepdim=True))
         target = x.gather(-1, ids[:, None])  # (n, 1)
         total = x.exp_().sum(dim=-1, keepdim=True)
@@ -581,7 +581,8 @@ class Thinker(nn.Module):
 
     def __init__(self, net, tok):
         super().__init__()
-        self.net, self.tok, self.K = net, tok, net.config.latent_size
+        self.net, self.tok, config = net, tok, net.config
+        self.K, self.tied = config.latent_size, config.tie_word_embeddings
         names = {name: f"<|{name}|>" for name in ("im_end", "video_pad", "image_pad", *LATENT_TOKENS)}
         self.ids = {name: tok.convert_tokens_to_ids(text) for name, text in names.items()}
         self.ids["pad"] = tok.convert_tokens_to_ids("<|endoftext|>")
@@ -626,7 +627,8 @@ class Thinker(nn.Module):
 
         With them comes the table of words (V, D), for another lookup or for the head if that is tied to it.
         """
-        x, words = Words.apply(self.net.get_input_embeddings().weight if table is None else table, ids)
+        table = self.net.get_input_embeddings().weight if table is None else table
+        x, words = Words.apply(table, ids) if self.tied else (F.embedding(ids, table), table)  # (B, T, D)
         for places, values in ((is_visual, features), (is_latent, latents)):
             if values is not None:
                 x = x.masked_scatter(places[..., None], values.to(x.dtype))
@@ -650,8 +652,7 @@ class Thinker(nn.Module):
         """
         if self.training:
             raise RuntimeError("Call eval() first: activation checkpointing drops the cache and the imagery.")
-        features, _ = self.visual_inputs(batch)
-        x, words = self.embed(batch["ids"], batch["is_visual"], features)
+        x, words = self.embed(batch["ids"], batch["is_visual"], self.visual_inputs(batch)[0])
         past = DynamicCache(config=self.net.config.text_config)
         hidden = self.text(x, batch["positions"], batch["is_real"], past)[:, -1:]
         past.batch_repeat_interleave(copies)
@@ -682,7 +683,7 @@ class Thinker(nn.Module):
         before = before if prompts else hidden[:, :1]  # a whole row's first token is nobody's target
         hidden = torch.cat([before, hidden[:, :-1]], dim=1).flatten(0, 1)  # position t-1 speaks about token t
         rows, banned = hidden[text_at], self.banned if ban else None  # (n_text, D)
-        table = words if self.net.config.tie_word_embeddings else self.net.lm_head.weight
+        table = words if self.tied else self.net.lm_head.weight
         logp = token_logps(rows, table, ids.flatten()[text_at], banned, temperature)
         return logp, hidden[latent_at], targets
 

@@ -265,7 +265,7 @@ def predict_memory(stage, rows=1, half=True, checkpointing=False, optimiser=True
     kept = layers * (count * 4 * D if checkpointing else whole + mask) + 8 * count * D  # and the last norm
     made = count * item * (2 * inner + 2 * D) + again  # gradients within one layer
     n, V = min(chunk, scored), t["vocab_size"]
-    logits = max(6 * n * V, 2 * n * V + 2 * table, 6 * table) if half else 4 * n * V + 4 * table
+    logits = max(6 * n * V + 2 * table, 6 * table) if half else 4 * n * V + 4 * table
 
     tables = table * (1 if b.TIED else 2)
     copies = 2 * text if half else 0  # of autocast
