@@ -273,10 +273,12 @@ def frame_sizes(size, config):
 
 
 def resize(image, config):
-    """A PIL image at the size the model sees: Lanczos where too large (release), then bicubic (library)."""
+    """A PIL image at the size the model sees: Lanczos where too large (release), then bicubic (library).
+
+    An image that has the size already is copied as it is.
+    """
     small, final = frame_sizes(image.size, config)
-    image = image.resize(small, Image.Resampling.LANCZOS)  # at its own size an image is copied as it is
-    return image.resize(final, Image.Resampling.BICUBIC)
+    return image.resize(small, Image.Resampling.LANCZOS).resize(final, Image.Resampling.BICUBIC)
 
 
 def patchify(frames, patch, merge, pair):
@@ -285,8 +287,7 @@ def patchify(frames, patch, merge, pair):
     One image, or an odd last frame, is repeated to fill its pair. Patches of one merge window stand together:
     with merge 2 the rows are (0,0) (0,1) (1,0) (1,1) of the first window, then of the next one to the right.
     """
-    frames = frames.astype(np.float32) * (1 / 255)
-    frames = (frames - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+    frames = (frames.astype(np.float32) * (1 / 255) - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     frames = np.pad(frames, ((0, -len(frames) % pair), (0, 0), (0, 0), (0, 0)), "edge")  # (t·pair, H, W, 3)
     t, h, w = len(frames) // pair, frames.shape[1] // patch, frames.shape[2] // patch
     x = frames.reshape(t, pair, h // merge, merge, patch, w // merge, merge, patch, 3)
@@ -304,12 +305,9 @@ def open_image(path, where):
 
 def load_images(paths, config, where=""):
     """Files of one video or overlay -> patches (P, 3·pair·patch²), grid (t, h, w); exits on a bad file."""
-    vision, frames = config.vision_config, []
-    for path in paths:
-        image = resize(open_image(path, where), config)
-        size = frames[0].size if frames else image.size  # a video has one size: its first frame's
-        frames.append(image.resize(size, Image.Resampling.BICUBIC))
-    frames = np.stack([np.asarray(image) for image in frames])
+    vision, images = config.vision_config, [resize(open_image(path, where), config) for path in paths]
+    size = images[0].size  # a video has one size: its first frame's
+    frames = np.stack([np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images])
     return patchify(frames, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
 
 
@@ -336,13 +334,12 @@ def rope_positions(segments, tokens_per_second):
     columns, start = [], 0
     for segment in segments:
         if isinstance(segment, int):
-            columns.append((start + torch.arange(segment)).expand(3, -1))
-            start += segment
-            continue
-        seconds, h, w = segment
-        time = torch.tensor([math.floor(second * tokens_per_second + 1e-6) for second in seconds])
-        block = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij"))
-        columns.append(start + block.flatten(1))  # (3, t·h·w)
+            axes = (torch.arange(segment),) * 3
+        else:
+            seconds, h, w = segment
+            time = torch.tensor([math.floor(second * tokens_per_second + 1e-6) for second in seconds])
+            axes = torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")
+        columns.append(start + torch.stack(axes).flatten(1))  # (3, n) or (3, t·h·w)
         start = int(columns[-1].max()) + 1
     return torch.cat(columns, dim=1)
 
@@ -435,8 +432,8 @@ def collate(samples, pad_id, side="right"):
 
     batch = {"ids": stack("ids", pad_id), "positions": stack("positions", 0, dim=1)}
     batch |= {name: stack(name, False) for name in ("is_text", "is_latent", "is_visual", "is_real")}  # (B, T)
-    for name in ("text", "latent"):  # the same masks as places, found here: the device need not be asked
-        batch[f"{name}_at"] = batch[f"is_{name}"].flatten().nonzero()[:, 0]  # (n,) in all B · T
+    # (n,) in all B · T: the same masks as places, found here, so that the device need not be asked
+    batch |= {f"{name}_at": batch[f"is_{name}"].flatten().nonzero()[:, 0] for name in ("text", "latent")}
     batch["videos"] = [sample["video"] for sample in samples if sample["video"]]
     batch["overlays"] = [(path,) for sample in samples for path in sample["overlays"]]
     return batch | {"where": samples[0]["where"]}
@@ -513,6 +510,17 @@ def windowed_attention(self, hidden_states, cu_seqlens, position_embeddings=None
     return self.proj(out.flatten(1))  # (P, width)
 
 
+def last_layer(self, hidden_states, read=None, **how):
+    """The language model's last layer (B, T, D) -> (n, D): its MLP only where a hidden state will be read.
+
+    `read` (n,) counts in all B · T tokens; None: everywhere, (B, T, D) as in the library's own.
+    """
+    mixed, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **how)
+    x = hidden_states + mixed
+    x = x if read is None else x.flatten(0, 1)[read]  # (n, D)
+    return x + self.mlp(self.post_attention_layernorm(x))
+
+
 class Words(torch.autograd.Function):
     """Rows of the table of words, and the table for a tied head: (V, D), (B, T) -> (B, T, D), (V, D).
 
@@ -539,7 +547,7 @@ class TargetLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, table, ids, banned, temperature):
+    def forward(ctx, table, banned, temperature, hidden, ids):
         logits = hidden.new_empty(len(hidden), len(table))
         for part, words in zip(logits.split(4096, dim=1), table.split(4096)):
             torch.mm(hidden, words.T, out=part)
@@ -556,7 +564,7 @@ class TargetLogps(torch.autograd.Function):
         hidden, table, x, ids, total = ctx.saved_tensors
         g = g[:, None] / ctx.temperature
         g = x.mul_(-g / total).scatter_add_(-1, ids, g).to(hidden.dtype)  # (n, V)
-        return g @ table, g.T @ hidden, None, None, None
+        return g.T @ hidden, None, None, g @ table, None
 
 
 def token_logps(hidden, table, targets, banned=None, temperature=1.0, chunk=1024):
@@ -567,13 +575,9 @@ def token_logps(hidden, table, targets, banned=None, temperature=1.0, chunk=1024
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden, table = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, table))
-
-    def one(rows, ids):
-        return TargetLogps.apply(rows, table, ids, banned, temperature)
-
-    parts = zip(hidden.split(chunk), targets.split(chunk))
+    one = functools.partial(TargetLogps.apply, table, banned, temperature)
     again = functools.partial(checkpoint, one, use_reentrant=False) if len(targets) > chunk else one
-    return torch.cat([again(rows, ids) for rows, ids in parts])  # (n,)
+    return torch.cat([again(rows, ids) for rows, ids in zip(hidden.split(chunk), targets.split(chunk))])
 
 
 class Thinker(nn.Module):
@@ -584,13 +588,15 @@ class Thinker(nn.Module):
         self.net, self.tok, config = net, tok, net.config
         self.K, self.tied = config.latent_size, config.tie_word_embeddings
         names = {name: f"<|{name}|>" for name in ("im_end", "video_pad", "image_pad", *LATENT_TOKENS)}
+        names["pad"] = "<|endoftext|>"
         self.ids = {name: tok.convert_tokens_to_ids(text) for name, text in names.items()}
-        self.ids["pad"] = tok.convert_tokens_to_ids("<|endoftext|>")
         never = [self.ids[name] for name in ("latent_pad", "latent_end", "image_pad", "video_pad")]
         self.register_buffer("banned", torch.tensor(never), persistent=False)
-        for block in net.model.visual.blocks:
-            block.attn.forward = windowed_attention.__get__(block.attn)
-        net.model.visual.patch_embed.forward = embed_patches.__get__(net.model.visual.patch_embed)
+        visual, last = net.model.visual, net.model.language_model.layers[-1]
+        leaner = {visual.patch_embed: embed_patches, last: last_layer}  # the same numbers, from less work
+        leaner |= {block.attn: windowed_attention for block in visual.blocks}
+        for part, forward in leaner.items():
+            part.forward = forward.__get__(part)
 
     def tokenize(self, text):
         """Text, special tokens included, -> list of ids."""
@@ -634,12 +640,13 @@ class Thinker(nn.Module):
                 x = x.masked_scatter(places[..., None], values.to(x.dtype))
         return x, words
 
-    def text(self, x, positions, is_real=None, past=None):
+    def text(self, x, positions, is_real=None, past=None, read=None):
         """The language model: x (B, T, D), positions (3, B, T) -> hidden states after the norm (B, T, D).
 
+        With `read` (n,), places in all B · T tokens, only those there (n, D): no more is computed at the end.
         Rows padded on the right need no mask: causal attention never looks at what follows.
         """
-        inputs = {"inputs_embeds": x, "position_ids": positions}
+        inputs = {"inputs_embeds": x, "position_ids": positions, "read": read}
         inputs |= {"past_key_values": past, "use_cache": past is not None}
         inputs["attention_mask"] = None if is_real is None else is_real.long()
         return self.net.model.language_model(**inputs).last_hidden_state
@@ -654,7 +661,8 @@ class Thinker(nn.Module):
             raise RuntimeError("Call eval() first: activation checkpointing drops the cache and the imagery.")
         x, words = self.embed(batch["ids"], batch["is_visual"], self.visual_inputs(batch)[0])
         past = DynamicCache(config=self.net.config.text_config)
-        hidden = self.text(x, batch["positions"], batch["is_real"], past)[:, -1:]
+        last = torch.arange(1, len(x) + 1, device=x.device) * x.shape[1] - 1  # (rows,)
+        hidden = self.text(x, batch["positions"], batch["is_real"], past, last)[:, None]  # (rows, 1, D)
         past.batch_repeat_interleave(copies)
         shared = (hidden, batch["is_real"], batch["positions"].amax(dim=(0, 2)))
         return past, *(x.repeat_interleave(copies, dim=0) for x in shared), words
@@ -679,13 +687,15 @@ class Thinker(nn.Module):
         if given != places:  # the pitfall: imagery silently left out
             raise ValueError(f"{batch['where']}: {places} latent positions, {given} latents.")
         x, words = self.embed(ids, batch["is_visual"], features, batch["is_latent"], targets, words)
-        hidden = self.text(x, batch["positions"], is_real, past)  # (B, T, D)
-        before = before if prompts else hidden[:, :1]  # a whole row's first token is nobody's target
-        hidden = torch.cat([before, hidden[:, :-1]], dim=1).flatten(0, 1)  # position t-1 speaks about token t
-        rows, banned = hidden[text_at], self.banned if ban else None  # (n_text, D)
-        table = words if self.tied else self.net.lm_head.weight
-        logp = token_logps(rows, table, ids.flatten()[text_at], banned, temperature)
-        return logp, hidden[latent_at], targets
+        at = torch.cat([text_at, latent_at])  # t-1 speaks about token t; nobody asks for a row's first
+        if prompts:
+            hidden = self.text(x, batch["positions"], is_real, past)  # (B, T, D)
+            hidden = torch.cat([before, hidden[:, :-1]], dim=1).flatten(0, 1)[at]
+        else:
+            hidden = self.text(x, batch["positions"], read=at - 1)
+        spoken, imagined = hidden.split([len(text_at), places])  # (n_text, D), (n_latent, D)
+        table, banned = words if self.tied else self.net.lm_head.weight, self.banned if ban else None
+        return token_logps(spoken, table, ids.flatten()[text_at], banned, temperature), imagined, targets
 
 
 # ---------------------------------------------------------------- generation
@@ -725,8 +735,8 @@ def generate(model, samples, max_new, images=None, temperature=0.0, top_p=1.0, g
     hidden, B = hidden[:, 0], len(hidden)  # (B, D)
     dice = [torch.rand(max_new, generator=g, dtype=torch.float64) for g in generators or ()]
     uniform = torch.stack(dice).to(device) if temperature > 0 else torch.zeros(B, max_new, device=device)
-    left = torch.full((B,), -1, device=device)  # latents to feed; 0: the end is due, -1: outside a block
-    block = torch.full((B,), -1, device=device)
+    # left: latents to feed; 0: the end is due, -1: outside a block
+    left, block = torch.full((2, B), -1, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     tokens, fed, thinking = [], [], False
     for step in range(max_new):

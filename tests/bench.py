@@ -121,8 +121,11 @@ def attention(new, seen, size, share, train, count):
     return [(new, size, seen, share), (new, seen, size, share)]
 
 
-def text_products(rows, new, past=0, train=False, times=1):
-    """The language model on `rows` sequences of `new` positions behind `past` others."""
+def text_products(rows, new, past=0, train=False, times=1, read=None):
+    """The language model on `rows` sequences of `new` positions behind `past` others.
+
+    read: positions whose last hidden state is asked for, where the last layer's MLP works; None: all.
+    """
     t = bench_dift.TEXT
     D, inner, layers, heads = (
         t[x] for x in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -130,7 +133,8 @@ def text_products(rows, new, past=0, train=False, times=1):
     size, count = D // heads, layers * times
     narrow, m = size * t["num_key_value_heads"], rows * new
     shapes = linear(m, D, D, train, 2 * count) + linear(m, D, narrow, train, 2 * count)
-    shapes += linear(m, D, inner, train, 2 * count) + linear(m, inner, D, train, count)
+    for some, often in ((m, count - times), (m if read is None else read, times)):
+        shapes += linear(some, D, inner, train, 2 * often) + linear(some, inner, D, train, often)
     share = (past + (new + 1) / 2) / (past + new)  # causal
     return shapes + attention(new, past + new, size, share, train, count * rows * heads)
 
@@ -171,7 +175,7 @@ def products(phase):
         return (
             vision_products(b.PAIRS)
             + vision_products(1, 2)
-            + text_products(1, T, 0, True)
+            + text_products(1, T, 0, True, read=spoken + 2 * b.K)
             + linear(spoken, D, V, True)
         )
     asked = bench_grpo4d.BEFORE + video + bench_grpo4d.AFTER
@@ -180,13 +184,14 @@ def products(phase):
         made = []
         for train in (False, True):
             made += (
-                text_products(1, asked, 0, train)
+                text_products(1, asked, 0, train, read=1)
                 + text_products(many, new, asked, train)
                 + linear(n, D, V, train)
             )
         return made
     prompts, many = (1, many) if phase == "rollout" else (EVAL, EVAL)
-    made = vision_products(b.PAIRS, prompts) + text_products(prompts, asked) + linear(many, D, V, False, new)
+    made = vision_products(b.PAIRS, prompts) + text_products(prompts, asked, read=prompts)
+    made += linear(many, D, V, False, new)
     return made + text_products(many, 1, asked + new // 2, False, new - 1)
 
 
@@ -242,9 +247,10 @@ def predict_memory(stage, rows=1, half=True, checkpointing=False, optimiser=True
     half: bf16 arithmetic with fp32 masters; else fp32. devices: that FSDP cuts weights, gradients and moments
     over; each then gathers the tables and two layers at a time. Kept per token and layer: at each norm its
     input and the normalised input (fp32) and what it gives, in bf16 once for each product that reads it;
-    queries, keys, values and their mixture; four tensors of the MLP. Behind a shared prompt each answer also
-    keeps, in every layer, keys and values of prompt and answer for all heads, and its mask. With
-    checkpointing (update: PREFIX=rows) only a layer's input is kept, and one whole layer at a time.
+    queries, keys, values and their mixture; four tensors of the MLP. The last layer's MLP and the last norm
+    keep theirs only where a hidden state is read. Behind a shared prompt each answer also keeps, in every
+    layer, keys and values of prompt and answer for all heads, and its mask. With checkpointing (update:
+    PREFIX=rows) only a layer's input is kept, and one whole layer at a time.
     Not counted: what is outside PyTorch (libraries' code and buffers), what an allocator cannot join, vision.
     """
     b, t = bench_dift, bench_dift.TEXT
@@ -262,7 +268,10 @@ def predict_memory(stage, rows=1, half=True, checkpointing=False, optimiser=True
     count = rows * length
     whole = count * (16 * D + item * ((7 if half else 4) * D + 2 * narrow + 4 * inner)) + again  # of a layer
     mask = item * rows * many * new * (asked + new) if again else 0
-    kept = layers * (count * 4 * D if checkpointing else whole + mask) + 8 * count * D  # and the last norm
+    unread = count - scored if stage == "dift" else rows * asked * (not checkpointing)
+    less = unread * (8 * D + item * ((2 if half else 1) * D + 4 * inner))
+    kept = layers * (count * 4 * D if checkpointing else whole + mask) - less * (not checkpointing)
+    kept += 8 * (count - unread) * D  # the last norm
     made = count * item * (2 * inner + 2 * D) + again  # gradients within one layer
     n, V = min(chunk, scored), t["vocab_size"]
     logits = max(6 * n * V + 2 * table, 6 * table) if half else 4 * n * V + 4 * table

@@ -656,7 +656,7 @@ def test_teacher_forced_latents_are_the_pooled_overlays(tiny, rows, monkeypatch)
     assert torch.allclose(x[batch["is_visual"]], torch.cat(videos), atol=1e-5)
     words = ~batch["is_latent"] & ~batch["is_visual"]
     assert torch.equal(x[words], model.net.get_input_embeddings().weight[ids[words]])
-    hidden = model.net.model.language_model(**inputs[0]).last_hidden_state
+    hidden = model.net.model.language_model(**inputs[0] | {"read": None}).last_hidden_state
     places = batch["is_latent"].nonzero().tolist()
     assert torch.allclose(imagined, torch.stack([hidden[b, t - 1] for b, t in places]), atol=1e-5)
     places = batch["is_text"].nonzero().tolist()
@@ -665,6 +665,30 @@ def test_teacher_forced_latents_are_the_pooled_overlays(tiny, rows, monkeypatch)
     )
     expected = torch.stack([table[n, ids[b, t]] for n, (b, t) in enumerate(places)])
     assert torch.allclose(logp, expected, atol=1e-4)
+
+
+def test_the_last_layer_is_the_librarys_where_it_is_read(tiny, rows):
+    """States and all gradients equal those of the library's layer; its MLP works on no other token."""
+    model, results, widths = lively(tiny), [], []
+    batch, last = batch_of(model, rows[:3]), model.net.model.language_model.layers[-1]
+    x = torch.randn(*batch["ids"].shape, model.net.config.text_config.hidden_size)
+    read = batch["is_text"].flatten().nonzero()[:, 0] - 1
+    last.mlp.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].numel()))
+    for ours in (True, False):
+        model.zero_grad()
+        entry = x.clone().requires_grad_()
+        if ours:
+            hidden = model.text(entry, batch["positions"], read=read)
+        else:
+            del last.forward  # the class's own comes back
+            last.forward = lambda hidden_states, read, **how: type(last).forward(last, hidden_states, **how)
+            hidden = model.text(entry, batch["positions"]).flatten(0, 1)[read]
+        (hidden * torch.arange(len(read))[:, None]).sum().backward()
+        weights = dict(model.net.model.language_model.layers.named_parameters())
+        results.append([hidden, entry.grad, *(weight.grad for weight in weights.values())])
+    assert widths == [len(read) * x.shape[-1], x.numel()] and len(read) < 0.7 * x[..., 0].numel()
+    for mine, expected in zip(*results):
+        assert torch.allclose(mine, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 def test_a_batch_equals_its_rows(model, rows):
