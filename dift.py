@@ -34,9 +34,10 @@ import torch.nn.functional as F
 import transformers
 
 import evaluate
-from model import Images, all_sum, check, checkpoint_layers, collate, encode_row, full, init_distributed
+from assets.fsdp import full, whole
+from model import Images, all_sum, check, checkpoint_layers, collate, encode_row, init_distributed
 from model import load_model, load_optimizer, parallelise, read_rows, rows_of_step, save_checkpoint
-from model import set_constants, whole
+from model import set_constants
 
 # --- paths
 MODEL = "assets/tiny"  # checkpoint folder to start from: the bundled tiny base, or any Qwen2.5-VL
@@ -45,6 +46,7 @@ OUT = "out/dift"  # checkpoints, log, evaluation
 # --- data
 COT = "imagery"  # imagery | noimage | verbal: which chain of thought of a generated folder to learn (ours)
 TEST_ROWS = 1000  # held-out rows scored at the end, at most; 0: no evaluation
+TEST_BATCH = 64  # of them answered at once on one device
 MAX_PIXELS = None  # pixels of a frame; None: the checkpoint's own, or 256·28·28 (release)
 MIN_PIXELS = None  # None: the checkpoint's own, or 28·28 (release)
 SECONDS_PER_PAIR = None  # None: real time; 1.0: as the release trains, 2.0: as it evaluates
@@ -56,19 +58,19 @@ MATCH_NORM = True  # at inference, hidden states are fed back with the mean norm
 TRAIN_VISION = False  # True only for pretraining (paper: frozen)
 SUPERVISE = "all"  # all | letters: what the text loss sees; option letters alone for pretraining (ours)
 # --- optimisation
-STEPS = 1900  # optimiser steps
-GLOBAL_BATCH = 16  # rows of one step over all devices (release: 8)
-MICRO_BATCH = 16  # rows of one forward pass on one device; accumulation follows from it
+STEPS = 2800  # optimiser steps
+GLOBAL_BATCH = 8  # rows of one step over all devices (release)
+MICRO_BATCH = 8  # rows of one forward pass on one device; accumulation follows from it
 LR = 2e-3  # peak learning rate (release: 1e-5 for the 3B model)
-WARMUP = 50  # steps of linear warm-up, then linear decay to zero (release: 10)
+WARMUP = 100  # steps of linear warm-up, then linear decay to zero (release: 10)
 WEIGHT_DECAY = 0.01  # (release)
 CLIP = 1.0  # largest norm of the gradient (release)
 W_CE = 1.0  # weight of the text loss in Eq. 7 (release: 0.1)
-W_SIM = 1.0  # weight of the imagery loss in Eq. 7 (release)
+W_SIM = 0.3  # weight of the imagery loss in Eq. 7 (release: 1.0)
 # --- logging
-LOG_EVERY = 20  # steps between printed lines; every step goes to the log file
-EVAL_EVERY = 475  # steps between looks at retrieval@1 on 64 held-out rows; 0: never
-SAVE_EVERY = 475  # steps between checkpoints
+LOG_EVERY = 20  # steps between printed lines, 0: the last alone; every step goes to the log file
+EVAL_EVERY = 700  # steps between looks at retrieval@1 on 64 held-out rows; 0: never
+SAVE_EVERY = 700  # steps between checkpoints; 0: the last alone
 # --- system
 RESUME = "auto"  # auto: go on from the newest checkpoint in OUT | never: start afresh
 CACHE_FEATURES = True  # keep frozen-vision features in memory, so that a clip is encoded once
@@ -76,7 +78,8 @@ PARALLEL = "ddp"  # with torchrun. ddp: each device holds all | fsdp: weights an
 CHECKPOINTING = False  # activation checkpointing: less memory, a third more time, the same numbers
 SEED = 0  # of the data order
 
-kept_on_resume = "MODEL DATA COT K POOLING TRAIN_VISION SUPERVISE GLOBAL_BATCH LR W_CE W_SIM SEED".split()
+kept_on_resume = "MODEL DATA COT MAX_PIXELS MIN_PIXELS SECONDS_PER_PAIR SUFFIX K POOLING MATCH_NORM"
+kept_on_resume += " TRAIN_VISION SUPERVISE GLOBAL_BATCH LR WARMUP WEIGHT_DECAY CLIP W_CE W_SIM SEED"
 
 
 def dift_loss(logp, imagined, targets, n_text, n_latent, w_ce, w_sim):
@@ -95,8 +98,8 @@ def dift_loss(logp, imagined, targets, n_text, n_latent, w_ce, w_sim):
 def measure(loss, ce, sim, imagined, targets, K):
     """A micro-batch for the log -> (6,): loss, ce, sim; sums over latents of cosine, norm of h, norm of z.
 
-    The cosine is centred by the batch mean per latent index: pooled features share one direction, so the
-    plain one is near 1 even for the wrong image.
+    The cosine is centred by the micro-batch's mean per latent index: pooled features share one direction, so
+    the plain one is near 1 even for the wrong image. In micro-batches of a few blocks it tells little.
     """
     sums = torch.stack([loss, ce, sim, *loss.new_zeros(3)])
     if targets is not None:
@@ -171,35 +174,32 @@ if __name__ == "__main__":
     check(GLOBAL_BATCH % world == 0, f"GLOBAL_BATCH={GLOBAL_BATCH} is no multiple of the {world} processes.")
     say = functools.partial(print, flush=True) if rank == 0 else lambda *words, **how: None
 
-    # data: the toy world is made where there is none
-    if rank == 0 and not Path(DATA).exists() and Path(DATA).suffix != ".jsonl":
-        maker = Path(__file__).with_name("generate_data.py")
-        made = subprocess.run([sys.executable, maker, f"OUT={DATA}"])
+    # data: the toy world is made where there is none, or only a part of one (the test file comes last)
+    train_file, test_file = split_files(DATA, COT)
+    ours = not Path(DATA).exists() or Path(DATA, "constants.json").exists()
+    if rank == 0 and ours and not test_file.exists() and Path(DATA).suffix != ".jsonl":
+        made = subprocess.run([sys.executable, Path(__file__).with_name("generate_data.py"), f"OUT={DATA}"])
         check(made.returncode == 0, f"generate_data.py could not make {DATA}; see above.")
     all_sum([0], device)  # all wait for it
-    train_file, test_file = split_files(DATA, COT)
     rows = read_rows(train_file)
     test_rows = read_rows(test_file) if TEST_ROWS else []
 
     # model: from the newest checkpoint in OUT, or from MODEL
     done = sorted(Path(OUT).glob("step_*/config.json")) if RESUME == "auto" else []
     run = json.loads(done[-1].read_text())["run"] if done else {"step": 0, **constants}
-    for name in kept_on_resume:
+    for name in kept_on_resume.split():
         same = run[name] == constants[name]
         check(same, f"OUT={OUT} holds a run with {name}={run[name]}; set another OUT, or RESUME=never.")
     parent, start = done[-1].parent if done else MODEL, run["step"]
-    fine = not SUFFIX.startswith("@") or Path(SUFFIX[1:]).is_file()
-    check(fine, f"SUFFIX={SUFFIX} names no file; write the words themselves or @ and a path.")
-    suffix = Path(SUFFIX[1:]).read_text() if SUFFIX.startswith("@") else SUFFIX
     pixels = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "seconds_per_pair": SECONDS_PER_PAIR}
-    core = load_model(parent, device, K, POOLING, suffix, **pixels)
+    core = load_model(parent, device, K, POOLING, SUFFIX, **pixels)
     core.net.model.visual.requires_grad_(TRAIN_VISION)
     if CHECKPOINTING:
         checkpoint_layers(core.net)
     model = parallelise(core, PARALLEL, device)
     letters = torch.tensor(core.tok.convert_tokens_to_ids(list("ABCDEF" if SUPERVISE == "letters" else "")))
     images = Images(core, cache=CACHE_FEATURES and not TRAIN_VISION)
-    split = {"rank": rank, "world": world, "images": images if images.cache else None}
+    split = {"rank": rank, "world": world, "images": images, "how": {"batch": TEST_BATCH}}
     trained = [parameter for parameter in core.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, LR, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
     if start:
@@ -208,9 +208,10 @@ if __name__ == "__main__":
     # log
     log = Path(OUT) / "log.jsonl"
     lines = log.read_text().splitlines()[:start] if start and rank == 0 else []
-    if rank == 0 and start < STEPS:
-        shutil.rmtree(Path(OUT) / "eval", ignore_errors=True)  # answers of fewer steps, if any
     if rank == 0:
+        afresh = list(Path(OUT).glob("step_*")) if start == 0 else []
+        for old in [*afresh, *[Path(OUT) / "eval"] * (start < STEPS)]:  # of another run; of fewer steps
+            shutil.rmtree(old, ignore_errors=True)
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("".join(line + "\n" for line in lines))
     retrieval = json.loads(lines[-1])["retrieval"] if lines else None
@@ -218,8 +219,7 @@ if __name__ == "__main__":
     say(f"dift: {parent} -> {OUT} | {train_file}, {len(rows)} rows | from step {start} | {world} x {device}")
     say(f"torch {torch.__version__}, transformers {transformers.__version__}, {count:.2f} M trained weights")
     say(" ".join(f"{name}={value}" for name, value in constants.items()))
-    first = narrow(encode_row(core, rows[0]), letters)
-    say("first sample, [supervised] and {imagery}:", describe(first, core), sep="\n")
+    say("first sample: [supervised], {imagery}\n", describe(narrow(encode_row(core, rows[0]), letters), core))
     if test_rows and test_file == train_file:
         say(f"{train_file} has no held-out twin: the score at the end is on training rows.")
 
@@ -231,8 +231,9 @@ if __name__ == "__main__":
     thread, coming = ThreadPoolExecutor(1), None
     for step in range(start, STEPS):
         began = time.time()
-        batches, (n_text, n_latent, tokens) = (coming or thread.submit(prepare, step)).result()
-        coming = thread.submit(prepare, step + 1) if step + 1 < STEPS else None  # while this step runs
+        batches, (n_text, n_latent, tokens) = coming.result() if coming else prepare(step)
+        # the next one is made ready while this one runs, on a GPU; a CPU is busy enough with this one
+        coming = thread.submit(prepare, step + 1) if device.type == "cuda" and step + 1 < STEPS else None
         lr = optimizer.param_groups[0]["lr"] = lr_at(step, STEPS, WARMUP, LR)
         core.train()
         sums = torch.zeros(6, device=device)
@@ -252,8 +253,8 @@ if __name__ == "__main__":
         *parts, positions = all_sum([*sums.tolist(), sum(batch["ids"].numel() for batch in batches)], device)
         parts[3:] = [x / max(1, n_latent) for x in parts[3:]]
         entry = {"step": step + 1} | dict(zip("loss ce sim cosine norm_fed norm_true".split(), parts))
-        if MATCH_NORM and n_latent:
-            core.net.config.latent_norm = parts[5]
+        if n_latent:
+            core.net.config.latent_norm = parts[5] if MATCH_NORM else None
         if test_rows and n_latent and EVAL_EVERY and (step + 1) % EVAL_EVERY == 0:
             with whole(core):
                 retrieval = evaluate.evaluate(core, test_rows, limit=64, **split)["imagery"]["retrieval"]
@@ -262,9 +263,9 @@ if __name__ == "__main__":
         if rank == 0:
             with open(log, "a") as file:
                 file.write(json.dumps(entry) + "\n")
-        if (step + 1) % LOG_EVERY == 0 or step + 1 == STEPS:
+        if (LOG_EVERY and (step + 1) % LOG_EVERY == 0) or step + 1 == STEPS:
             say(log_line(entry, STEPS, W_CE, W_SIM))
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == STEPS:
+        if (SAVE_EVERY and (step + 1) % SAVE_EVERY == 0) or step + 1 == STEPS:
             save_checkpoint(OUT, step + 1, core, constants, optimizer)
 
     # scores, picture and report

@@ -376,12 +376,12 @@ def add_frames(rows, rank=0, world=1, **how):
         row["image_input"], row["times"] = [path for path, _ in frames], [time for _, time in frames]
 
 
-def film(rows, videos, rank=0, world=1):
-    """Gives rows that name only a video (4DRL) its frames, 1 a second up to 50 -> the rows not lost."""
+def film(rows, videos, rank=0, world=1, fps=1.0, most=50):
+    """Gives rows that name only a video (4DRL) its frames, `fps` a second up to `most` -> rows not lost."""
     filmed = [row for row in rows if row.get("video")]
     for row in filmed:
         row["video"] = str(Path(videos) / Path(row["video"]).name) if videos else row["video"]
-    add_frames(filmed, rank, world, root="", cache=CACHE, fps=1.0, most=50)
+    add_frames(filmed, rank, world, root="", cache=CACHE, fps=fps, most=most)
     lost = [row for row in filmed if row["lost"]]
     if lost and rank == 0:
         print(f"{len(lost)} of {len(rows)} questions are left out; {lost[0]['where']}: {lost[0]['lost']}.")
@@ -520,11 +520,9 @@ def answer(model, rows, batch, how, truth, images=None):
     dice = [torch.Generator().manual_seed(random.Random(f"{how['seed']} {i}").getrandbits(60)) for i in batch]
     pad = model.net.get_input_embeddings().weight[model.ids["latent_pad"]]
     feed = make_feed(how["latents"], batch, tables, pad, model.K, how["seed"])
-    device = model.banned.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        sampling = (how["temperature"], how["top_p"], dice)
-        answers = generate(model, samples, how["max_new"], images, *sampling, feed=feed)
-    return [judge(rows[i], i, given, model.K) for i, given in zip(batch, answers)]
+    with torch.autocast(model.banned.device.type, torch.bfloat16, enabled=model.banned.is_cuda):
+        made = generate(model, samples, how["max_new"], images, how["temperature"], how["top_p"], dice, feed)
+    return [judge(rows[i], i, given, model.K) for i, given in zip(batch, made)]
 
 
 def plan(rows, asked, size):
@@ -796,7 +794,9 @@ def draw(model, rows, out, log="", samples=8):
         columns = [stack([stack(x, down=False) for x in part if x], gap=12) for part in parts]
         stack(columns, down=False, gap=40).save(out / "picture.png")
     for file in sorted(out.parent.glob(f"{out.name}_*/summary.json")):
-        summary["scores"][file.parent.name] = json.loads(file.read_text(encoding="utf-8"))["scores"]["micro"]
+        other = json.loads(file.read_text(encoding="utf-8"))
+        if other["settings"]["weights"] == summary["settings"]["weights"]:  # not of weights of another run
+            summary["scores"][file.parent.name] = other["scores"]["micro"]
     write(out / "report.html", report(summary, drawn, read_lines(log) if log else []))
 
 
@@ -816,7 +816,7 @@ if __name__ == "__main__":
         some = rows if VIDEO == "other" or LATENTS == "swap" else rows[: LIMIT or None]
         add_frames(some, rank, world, root="" if ASK else VIDEOS, cache=CACHE, fps=FPS, most=MAX_FRAMES)
     else:
-        rows = film(rows, VIDEOS, rank, world)
+        rows = film(rows, VIDEOS, rank, world, FPS, MAX_FRAMES)
     model = load_model(MODEL, device, suffix=SUFFIX, seconds_per_pair=SECONDS_PER_PAIR)
     suffix = "".join(f"_{name.lower()}-{constants[name]}" for name in CONTROLS if constants[name])
     out = Path(OUT or Path(MODEL) / f"{kind}{suffix}")

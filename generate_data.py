@@ -1071,6 +1071,7 @@ def open_folder(out, constants):
 def run_jobs(jobs, do, start, settings):
     """Does jobs on WORKERS processes begun by start(*settings) -> {split: made rows}, {reason: examples}."""
     begun, items, dropped = time.time(), {}, {}
+    often, first, last = (8, "\r", "") if sys.stdout.isatty() else (500, "", "\n")  # a file gets few lines
     try:
         with ProcessPoolExecutor(WORKERS, initializer=start, initargs=settings) as pool:
             for number, (split, path, made, spent) in enumerate(pool.map(do, jobs, chunksize=1), 1):
@@ -1078,9 +1079,10 @@ def run_jobs(jobs, do, start, settings):
                 for reason, count in made["dropped"].items():
                     dropped.setdefault(reason, []).extend([path or split] * count)
                 SPENT.update(spent)
-                if number % 8 == 0 or number == len(jobs):
+                if number % often == 0 or number == len(jobs):
                     rate = number / (time.time() - begun)
-                    print(f"\rclip {number:6d}/{len(jobs)} | {rate:.1f} a second", end="", flush=True)
+                    line = f"{first}clip {number:6d}/{len(jobs)} | {rate:.1f} a second"
+                    print(line, end=last, flush=True)
     except KeyboardInterrupt:
         sys.exit(f"Stopped; {OUT} keeps what is done, the same command goes on from there.")
     return items, dropped
@@ -1095,7 +1097,9 @@ def write_files(out, items, dropped, constants):
         check(rows, f"There are no rows for the split {split}; use more videos or another HELD_OUT or SEED.")
         for form in FORMS if split in ("train", "test") else [""]:
             path = out / f"{split}{'_' if form else ''}{form}.jsonl"
-            path.write_text("".join(json.dumps(final_row(item, form)) + "\n" for item in rows))
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(final_row(item, form)) + "\n" for item in rows))
+            part.rename(path)
         kinds = [item["row"].get("subtask", item["row"].get("Type")) for item in rows]
         labels = sorted(f"{kind}: {item['label']}" for kind, item in zip(kinds, rows) if "box" not in kind)
         counts[split] = {"rows": len(rows), "subtasks": {**Counter(sorted(kinds))}, "labels": Counter(labels)}

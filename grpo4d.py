@@ -7,7 +7,7 @@ Out: OUT/step_*/ (checkpoints), OUT/log.jsonl, OUT/before/ and OUT/after/: answe
     python grpo4d.py                               # laptop: from out/dift, on the toy's compound questions
     python grpo4d.py MODEL=out/dift_3b DATA=data/rl.jsonl HOLDOUT=data/rl_test.jsonl SINGLES="" STEPS=400 \\
         GLOBAL_BATCH=8 LR=1e-6 BETA=0.01 MAX_NEW=1024 ROLLOUT_BATCH=1 MICRO_BATCH=1 \\
-        CACHE_FEATURES=False                       # one GPU
+        PREFIX=rows CHECKPOINTING=True CACHE_FEATURES=False TEST_BATCH=8           # one GPU
     torchrun --nproc_per_node=8 grpo4d.py ...      # the same run on eight; PARALLEL=fsdp for 7B
 
 A step: (1) draw questions, (2) sample G answers to each, imagery included, keep the latents that were fed,
@@ -36,9 +36,10 @@ import torch.distributed as dist
 import transformers
 
 import evaluate
-from model import Images, all_sum, check, checkpoint_layers, collate, encode_row, full, generate
+from assets.fsdp import full, whole
+from model import Images, all_sum, check, checkpoint_layers, collate, encode_row, generate
 from model import init_distributed, load_model, load_optimizer, newest_checkpoint, parallelise, read_rows
-from model import rows_of_step, save_checkpoint, set_constants, whole
+from model import rows_of_step, save_checkpoint, set_constants
 
 # --- paths
 MODEL = "out/dift"  # run folder (its newest checkpoint is taken) or one checkpoint: where the policy starts
@@ -49,7 +50,10 @@ HOLDOUT = "out/toy/rl_test.jsonl"  # compound questions scored before, during an
 SINGLES = "out/toy/test_imagery.jsonl"  # single-motion questions, scored before and after; "": none
 OUT = "out/grpo4d"  # checkpoints, log, scores
 # --- data
-HOLDOUT_ROWS = 500  # rows of HOLDOUT and of SINGLES that are scored, at most
+FPS = 1.0  # frames a second of rows that name only a video (release)
+MAX_FRAMES = 50  # of such a video, evenly spaced where there are more (release)
+HOLDOUT_ROWS = 500  # rows of HOLDOUT and of SINGLES that are scored, at most; 0: no scores
+TEST_BATCH = 64  # of them answered at once on one device
 # --- model
 LATENT_REPLAY = True  # False feeds pad embeddings at latent positions, as the release does (ablation)
 PREFIX = "shared"  # shared: a prompt is read once for its G answers | rows: once for each, the same numbers
@@ -74,10 +78,10 @@ W_ACC = 1.0  # weight of the right letter in the reward, Eq. 9 (release)
 W_FMT = 0.2  # weight of the format (release)
 FORMAT_NEEDS_IMAGERY = True  # the format reward asks for a latent block within <think>
 # --- logging
-LOG_EVERY = 1  # steps between printed lines; every step goes to the log file
+LOG_EVERY = 1  # steps between printed lines, 0: the last alone; every step goes to the log file
 SAMPLE_EVERY = 20  # steps between printed sample answers; 0: never
 EVAL_EVERY = 30  # steps between scores on HOLDOUT; 0: only before and after
-SAVE_EVERY = 30  # steps between checkpoints
+SAVE_EVERY = 30  # steps between checkpoints; 0: the last alone
 # --- system
 RESUME = "auto"  # auto: go on from the newest checkpoint in OUT | never: start afresh
 CACHE_FEATURES = True  # keep vision features over steps; False: within a step only
@@ -85,7 +89,8 @@ PARALLEL = "ddp"  # with torchrun. ddp: each device holds all | fsdp: weights an
 CHECKPOINTING = False  # activation checkpointing, with PREFIX=rows: less memory, more time, the same numbers
 SEED = 0  # of the order of questions and of the samples
 
-kept_on_resume = "MODEL REFERENCE DATA LATENT_REPLAY GLOBAL_BATCH MU LR WARMUP G MAX_NEW SEED".split()
+kept_on_resume = "MODEL REFERENCE DATA LATENT_REPLAY GLOBAL_BATCH MU LR WARMUP WEIGHT_DECAY CLIP G MAX_NEW"
+kept_on_resume += " TEMPERATURE EPSILON BETA KL W_ACC W_FMT FORMAT_NEEDS_IMAGERY SEED"
 sequences = ("ids", "is_text", "is_latent", "is_visual", "is_real", "positions")  # of a sample, T last
 
 
@@ -150,8 +155,8 @@ def pack(model, images, prompts, groups, prefix, replay):
     samples = []
     for prompt, group in zip(prompts, groups):
         for answer in (answer_sample(prompt, made) for made in group):
-            whole = {name: torch.cat([prompt[name], answer[name]], dim=-1) for name in sequences}
-            samples.append(answer if prefix == "shared" else prompt | whole)
+            joined = {name: torch.cat([prompt[name], answer[name]], dim=-1) for name in sequences}
+            samples.append(answer if prefix == "shared" else prompt | joined)
     pad, device = model.ids["pad"], model.banned.device
     batch = images.add(collate(samples, pad), device)
     if prefix == "shared":
@@ -205,19 +210,9 @@ def log_line(entry, steps, w_acc, w_fmt):
     """One step as a line of the log."""
     parts = ["step {step:5d}/{steps}"]
     parts += ["reward {reward:.3f} = {w_acc:g} x acc {acc:.2f} + {w_fmt:g} x fmt {fmt:.2f}"]
-    parts += [
-        "spread {spread:.0f}/{groups:.0f}",
-        "length {length:.0f}",
-        "cut {cut:.2f}",
-        "imagery {blocks:.1f}",
-    ]
-    parts += [
-        "ratio {ratio:.3f}",
-        "clip {clip:.3f}",
-        "kl {kl:.4f}",
-        "entropy {entropy:.3f}",
-        "loss {loss:.4f}",
-    ]
+    parts += ["spread {spread:.0f}/{groups:.0f}", "length {length:.0f}", "cut {cut:.2f}"]
+    parts += ["imagery {blocks:.1f}", "ratio {ratio:.3f}", "clip {clip:.3f}", "kl {kl:.4f}"]
+    parts += ["entropy {entropy:.3f}", "loss {loss:.4f}"]
     parts += ["gnorm {gnorm:.2f}", "lr {lr:.1e}", "{seconds:.1f} s", "rollout {rollout:.2f}k tok/s"]
     parts += ["update {update:.2f}k tok/s"]
     return " | ".join(parts).format(steps=steps, w_acc=w_acc, w_fmt=w_fmt, **entry)
@@ -246,24 +241,24 @@ if __name__ == "__main__":
     check(G >= 2, f"G={G}: an advantage is relative to other answers; set G to 2 or more.")
     check(TEMPERATURE > 0, f"TEMPERATURE={TEMPERATURE} makes all answers one; set it above 0, such as 1.")
     check(GLOBAL_BATCH % world == 0, f"GLOBAL_BATCH={GLOBAL_BATCH} is no multiple of the {world} processes.")
-    check(
-        PREFIX == "rows" or not CHECKPOINTING, "CHECKPOINTING=True drops the prompt's cache; set PREFIX=rows."
-    )
+    fine = PREFIX == "rows" or not CHECKPOINTING
+    check(fine, "CHECKPOINTING=True drops the prompt's cache; set PREFIX=rows.")
     say = functools.partial(print, flush=True) if rank == 0 else lambda *words, **how: None
 
     # data
-    rows = evaluate.film(read_rows(DATA), VIDEOS, rank, world)
+    frames = (VIDEOS, rank, world, FPS, MAX_FRAMES)
+    rows = evaluate.film(read_rows(DATA), *frames)
     check(rows, f"DATA={DATA}: no row's video could be used; set VIDEOS to their folder.")
     for row in rows:
         check(row["key"] in row["options"], f"{row['where']}: no options with a key to reward by; drop it.")
-    asked = {name: file for name, file in (("compound", HOLDOUT), ("single", SINGLES)) if file}
-    held_out = {name: read_rows(file, HOLDOUT_ROWS) for name, file in asked.items()}
-    held_out = {name: evaluate.film(some, VIDEOS, rank, world) for name, some in held_out.items()}
+    asked = {"compound": HOLDOUT, "single": SINGLES} if HOLDOUT_ROWS else {}
+    held_out = {name: read_rows(file, HOLDOUT_ROWS) for name, file in asked.items() if file}
+    held_out = {name: evaluate.film(some, *frames) for name, some in held_out.items()}
 
     # the policy, from the newest checkpoint in OUT or from MODEL, and the frozen reference
     done = sorted(Path(OUT).glob("step_*/config.json")) if RESUME == "auto" else []
     run = json.loads(done[-1].read_text())["run"] if done else {"step": 0, **constants}
-    for name in kept_on_resume:
+    for name in kept_on_resume.split():
         same = run[name] == constants[name]
         check(same, f"OUT={OUT} holds a run with {name}={run[name]}; set another OUT, or RESUME=never.")
     start, begun = run["step"], run.get("start_path") or str(newest_checkpoint(MODEL))
@@ -289,13 +284,15 @@ if __name__ == "__main__":
     if start:
         load_optimizer(parent, core, optimizer)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
-    scoring = {"how": {"max_new": MAX_NEW}, "rank": rank, "world": world, "resume": RESUME == "auto"}
+    scoring = {"how": {"max_new": MAX_NEW, "batch": TEST_BATCH}, "rank": rank, "world": world}
+    scoring["resume"] = RESUME == "auto"
 
     # log, and the scores before
     log = Path(OUT) / "log.jsonl"
-    if rank == 0 and start < STEPS:
-        shutil.rmtree(Path(OUT) / "after", ignore_errors=True)  # answers of fewer steps, if any
     if rank == 0:
+        afresh = list(Path(OUT).glob("step_*")) if start == 0 else []
+        for old in [*afresh, *[Path(OUT) / "after"] * (start < STEPS)]:  # of another run; of fewer steps
+            shutil.rmtree(old, ignore_errors=True)
         lines = log.read_text().splitlines()[:start] if start else []
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("".join(line + "\n" for line in lines))
@@ -383,11 +380,11 @@ if __name__ == "__main__":
         if rank == 0:
             with open(log, "a") as file:
                 file.write(json.dumps(entry) + "\n")
-        if (step + 1) % LOG_EVERY == 0 or step + 1 == STEPS:
+        if (LOG_EVERY and (step + 1) % LOG_EVERY == 0) or step + 1 == STEPS:
             say(log_line(entry, STEPS, W_ACC, W_FMT))
         if SAMPLE_EVERY and step % SAMPLE_EVERY == 0:
             say(shown(rows[mine[0]], groups[0][0], scored[0][0], rewards[0][0]))
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == STEPS:
+        if (SAVE_EVERY and (step + 1) % SAVE_EVERY == 0) or step + 1 == STEPS:
             save_checkpoint(OUT, step + 1, core, constants | came, optimizer)
 
     # scores after, beside those before; picture and report of the compound questions

@@ -27,8 +27,6 @@ import re
 import shutil
 import sys
 import time
-from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +42,8 @@ from transformers import AddedToken, AutoTokenizer, DynamicCache
 from transformers import Qwen2_5_VLForConditionalGeneration as QwenVL
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from assets import fsdp
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -137,31 +137,16 @@ def parallelise(model, how, device):
     ddp: DDP's wrapper; every process holds all, gradients are averaged. fsdp: assets/fsdp.py cuts it up.
     """
     if how == "fsdp" and dist.is_initialized():
-        return import_module("assets.fsdp").shard(model, device)
+        return fsdp.shard(model, device)
     seeing = any(parameter.requires_grad for parameter in model.net.model.visual.parameters())
     ddp = functools.partial(nn.parallel.DistributedDataParallel, find_unused_parameters=seeing)
     return ddp(model) if dist.is_initialized() else model
 
 
-def whole(model):
-    """A context in which every process holds all of a model, cut up or not, and may generate with it."""
-    return import_module("assets.fsdp").whole(model) if hasattr(model, "unshard") else nullcontext()
-
-
-def full(x):
-    """A tensor that FSDP cuts up (a DTensor), as a whole on every process; any other as it is."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def cut_like(x, other):
-    """A whole tensor, cut up as `other` is, if it is."""
-    return import_module("assets.fsdp").distribute(x, other) if hasattr(other, "full_tensor") else x
-
-
 def to_rank_0(tensors):
     """Whole tensors by name on the CPU, of rank 0; nothing on the others, which all take part."""
     main = not dist.is_initialized() or dist.get_rank() == 0
-    wholes = ((name, full(x.detach())) for name, x in tensors.items())
+    wholes = ((name, fsdp.full(x.detach())) for name, x in tensors.items())
     return {name: x.cpu().contiguous() for name, x in wholes if main}
 
 
@@ -178,14 +163,14 @@ def read_rows(path, limit=None):
     path = Path(path)
     check(path.is_file(), f"There is no file {path}; make it with generate_data.py or set DATA.")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip() or len(rows) == limit:
             continue
         where = f"{path}:{number}"
         try:
             raw = json.loads(line)
-        except json.JSONDecodeError as error:
-            sys.exit(f"{where}: not valid JSON ({error.msg}); mend or delete the line.")
+        except ValueError as error:  # of JSON or of UTF-8
+            sys.exit(f"{where}: not valid JSON ({error}); mend or delete the line.")
         check(isinstance(raw, dict), f"{where}: a row must be a JSON object.")
         rows.append(normalise_row(raw, where, path.parent))
     check(rows, f"{path} holds no rows; make it again with generate_data.py.")
@@ -213,7 +198,7 @@ def normalise_row(raw, where, folder):
     places = row["text_output"].count(PLACEHOLDER)
     fine = places == images or not row["text_output"]
     check(fine, f"{where}: text_output has {places} {PLACEHOLDER}, image_output {images} files.")
-    row["video"] = "" if frames or not raw.get("video_path") else str(folder / raw["video_path"])
+    row["video"] = "" if frames or not raw.get("video_path") else str(folder / str(raw["video_path"]))
     clip = Path(raw["image_input"][0]).parent.parent.name if frames else Path(row["video"]).stem
     row["clip"] = str(raw.get("clip") or clip)
     row["options"] = dict(re.findall(r"^([A-F])\. (.*)$", row["text_input"], flags=re.M))
@@ -225,22 +210,22 @@ def normalise_row(raw, where, folder):
 def from_rl_row(raw, where):
     """A 4DRL row {"Type", "Question", "A".."F", "Correct", "frame_paths"} -> the fields of a DIFT row."""
     letters = [letter for letter in "ABCDEF" if raw.get(letter) not in (None, "")]
-    fine = raw.get("Correct") in letters
-    check(fine, f"{where}: the key 'Correct' is {raw.get('Correct')!r}, the options are {letters}.")
+    key = raw.get("Correct")
+    check(key in letters, f"{where}: the key 'Correct' is {key!r}, the options are {letters}.")
     frames = raw.get("frame_paths") or []
     check(frames or raw.get("video_path"), f"{where}: there is neither 'frame_paths' nor 'video_path'.")
     texts = [re.sub(rf"^{letter}[.)]\s+", "", str(raw[letter])) for letter in letters]
     options = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, texts))
     row = {"text_input": f"{raw['Question']}\n\n{options}", "text_output": "", "image_output": []}
-    row |= {"image_input": frames, "subtask": raw.get("Type", "all"), "key": raw["Correct"]}
+    row |= {"image_input": frames, "subtask": raw.get("Type", "all"), "key": key}
     return row | {name: raw[name] for name in ("id", "times", "clip", "video_path") if name in raw}
 
 
 def find_file(name, folder, where):
     """The path as it is, else from the row's file, else without a leading ./data/ (the release's root)."""
-    for candidate in (Path(name), folder / name, folder / re.sub(r"^(\./)?data/", "", name)):
-        if candidate.is_file():
-            return str(candidate.absolute())
+    for candidate in (name, f"{folder}/{name}", f"{folder}/" + re.sub(r"^(\./)?data/", "", name)):
+        if os.path.isfile(candidate):  # a data set has ten thousands of files: pathlib takes thrice as long
+            return os.path.abspath(candidate)
     sys.exit(f"{where}: there is no file {name}, neither as written nor beside {folder}.")
 
 
@@ -299,7 +284,7 @@ def open_image(path, where):
     """An image file -> PIL image, RGB; exits on a bad one."""
     try:
         return Image.open(path).convert("RGB")
-    except OSError:
+    except (OSError, SyntaxError):  # a broken PNG is a SyntaxError to PIL
         sys.exit(f"{where}: {path} is not a readable image; make it again or drop the row.")
 
 
@@ -334,13 +319,14 @@ def rope_positions(segments, tokens_per_second):
     columns, start = [], 0
     for segment in segments:
         if isinstance(segment, int):
-            axes = (torch.arange(segment),) * 3
+            axes, length = (torch.arange(segment),) * 3, segment
         else:
             seconds, h, w = segment
-            time = torch.tensor([math.floor(second * tokens_per_second + 1e-6) for second in seconds])
-            axes = torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")
+            ticks = [math.floor(second * tokens_per_second + 1e-6) for second in seconds]
+            axes = torch.meshgrid(torch.tensor(ticks), torch.arange(h), torch.arange(w), indexing="ij")
+            length = max(ticks[-1] + 1, h, w)
         columns.append(start + torch.stack(axes).flatten(1))  # (3, n) or (3, t·h·w)
-        start = int(columns[-1].max()) + 1
+        start += length
     return torch.cat(columns, dim=1)
 
 
@@ -521,7 +507,7 @@ def last_layer(self, hidden_states, read=None, **how):
     return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Words(torch.autograd.Function):
+class TiedTable(torch.autograd.Function):
     """Rows of the table of words, and the table for a tied head: (V, D), (B, T) -> (B, T, D), (V, D).
 
     Its backward adds the rows' gradient into the one that the head made of the table, in place, where
@@ -605,7 +591,9 @@ class Thinker(nn.Module):
     def encode(self, pixels, grids):
         """Patches (P, d) and grids [(t, h, w)] of several images -> list of (N, D), each in raster order."""
         merge = self.net.config.vision_config.spatial_merge_size
-        features = self.net.model.visual(pixels, torch.tensor(grids, device=pixels.device)).pooler_output
+        # a thread that prepares the next step has no autocast of the step's
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
+            features = self.net.model.visual(pixels, torch.tensor(grids, device=pixels.device)).pooler_output
         return list(features.split([t * h * w // merge**2 for t, h, w in grids]))
 
     def pool(self, features, grid):
@@ -634,7 +622,7 @@ class Thinker(nn.Module):
         With them comes the table of words (V, D), for another lookup or for the head if that is tied to it.
         """
         table = self.net.get_input_embeddings().weight if table is None else table
-        x, words = Words.apply(table, ids) if self.tied else (F.embedding(ids, table), table)  # (B, T, D)
+        x, words = TiedTable.apply(table, ids) if self.tied else (F.embedding(ids, table), table)  # (B, T, D)
         for places, values in ((is_visual, features), (is_latent, latents)):
             if values is not None:
                 x = x.masked_scatter(places[..., None], values.to(x.dtype))
@@ -793,11 +781,17 @@ def load_model(path, device="cpu", K=None, pooling=None, suffix=None, **settings
 
     The checkpoint's config holds latent_size, latent_pooling, the latent ids and prompt_suffix; a given K or
     pooling that differs is refused in one sentence; a checkpoint without them (a plain Qwen2.5-VL, the tiny
-    base) takes the given ones and gets new token rows. `settings`: any of DEFAULTS; None keeps the stored.
+    base) takes the given ones and gets new token rows. suffix: words, or @ and the path of a file of words.
+    `settings`: any of DEFAULTS; None keeps the stored.
     """
-    path = newest_checkpoint(path)
+    path, suffix = newest_checkpoint(path), suffix or ""
+    if suffix.startswith("@"):
+        check(Path(suffix[1:]).is_file(), f"SUFFIX={suffix} names no file; write the words or @ and a path.")
+        suffix = Path(suffix[1:]).read_text(encoding="utf-8")
     kind = json.loads((path / "config.json").read_text()).get("model_type")
     check(kind == "qwen2_5_vl", f"{path}/config.json says {kind}; this code reads Qwen2.5-VL checkpoints.")
+    some = any(file.suffix in (".safetensors", ".bin") for file in path.iterdir())
+    check(some, f"{path} holds no weights (*.safetensors or *.bin); download or train it again.")
     how = {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
     net, info = QwenVL.from_pretrained(path, **how)
     lost = sorted(info["missing_keys"])
@@ -871,4 +865,4 @@ def load_optimizer(folder, model, optimizer):
     for file_name, x in load_file(path).items():
         name, _, key = file_name.rpartition(".")  # "<name>.exp_avg", "<name>.exp_avg_sq", "<name>.step"
         x = x.to("cpu" if key == "step" and not fused else parameters[name].device)
-        optimizer.state[parameters[name]][key] = x if key == "step" else cut_like(x, parameters[name])
+        optimizer.state[parameters[name]][key] = x if key == "step" else fsdp.cut_like(x, parameters[name])

@@ -1,14 +1,15 @@
 """FSDP2 for PARALLEL=fsdp: weights, gradients and moments of a Thinker, cut over the torchrun processes.
 
-Read it when a model does not fit one device; model.py imports it then, and only then. In between, `whole`
-gives every process all the weights, so that generation may take as many steps as it likes on each.
+Read it when a model does not fit one device; with any other `whole`, `full` and `cut_like` change nothing. In
+between, `whole` gives every process all the weights, so that generation may take as many steps as it likes
+on each.
 """
 
 import contextlib
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(model, device):
@@ -28,7 +29,10 @@ def shard(model, device):
 
 @contextlib.contextmanager
 def whole(model):
-    """Within it every process holds all of a model that `shard` cut up."""
+    """A context in which every process holds all of a model, cut up by `shard` or not, and may generate."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     none, token = torch.zeros(0, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)
     batch = {
@@ -50,6 +54,11 @@ def whole(model):
         part.reshard()
 
 
-def distribute(x, other):
-    """A whole tensor -> cut up like `other` (a DTensor)."""
-    return distribute_tensor(x, other.device_mesh, other.placements)
+def full(x):
+    """A tensor that is cut up (a DTensor), as a whole on every process; any other as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def cut_like(x, other):
+    """A whole tensor, cut up as `other` is, if it is."""
+    return distribute_tensor(x, other.device_mesh, other.placements) if isinstance(other, DTensor) else x

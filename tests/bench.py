@@ -268,7 +268,10 @@ def predict_memory(stage, rows=1, half=True, checkpointing=False, optimiser=True
     count = rows * length
     whole = count * (16 * D + item * ((7 if half else 4) * D + 2 * narrow + 4 * inner)) + again  # of a layer
     mask = item * rows * many * new * (asked + new) if again else 0
-    unread = count - scored if stage == "dift" else rows * asked * (not checkpointing)
+    if stage == "dift":
+        unread = count - scored - 2 * rows * b.K
+    else:  # behind a shared prompt all of an answer is read, of the prompt its last position
+        unread = count - scored if checkpointing else rows * (asked - 1)
     less = unread * (8 * D + item * ((2 if half else 1) * D + 4 * inner))
     kept = layers * (count * 4 * D if checkpointing else whole + mask) - less * (not checkpointing)
     kept += 8 * (count - unread) * D  # the last norm
@@ -282,12 +285,9 @@ def predict_memory(stage, rows=1, half=True, checkpointing=False, optimiser=True
     parts = {"weights": 4 * text / devices + 4 * eye + copies, "gradients": 4 * text / devices}
     parts["weights"] += 4 * text / devices * (stage == "update")  # the reference; its bf16 copies are let go
     parts |= {"moments": 8 * text / devices * optimiser, "activations": kept}
-    moments = [
-        kept + logits,
-        kept + whole * checkpointing + made + 4 * table,
-    ]  # the head's, the last layer's,
-    moments += [whole + made + parts["gradients"]]  # the first layer's backward
-    return parts | {"peak": parts["weights"] + parts["moments"] + max(moments)}
+    highs = [kept + logits, kept + whole * checkpointing + made + 4 * table]  # of the head, the last layer
+    highs += [whole + made + parts["gradients"]]  # of the first layer's backward
+    return parts | {"peak": parts["weights"] + parts["moments"] + max(highs)}
 
 
 def print_memory():

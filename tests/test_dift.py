@@ -234,7 +234,7 @@ def words(tiny, out, *more):
         "TEST_ROWS=0",
         "EVAL_EVERY=0",
     ]
-    return [*base, "GLOBAL_BATCH=8", "MICRO_BATCH=8", "WARMUP=50", "LOG_EVERY=1", *more]
+    return [*base, "GLOBAL_BATCH=8", "MICRO_BATCH=8", "WARMUP=50", "W_SIM=1.0", "LOG_EVERY=1", *more]
 
 
 def train(tiny, out, *more):
@@ -283,13 +283,13 @@ def test_a_step_trains_the_text_and_leaves_vision_alone(tiny, plain):
 
 
 def test_the_run_says_what_it_does(tiny, tmp_path, capsys):
-    train(tiny, tmp_path / "run", "STEPS=1", "W_CE=0.1", "GLOBAL_BATCH=2")
+    train(tiny, tmp_path / "run", "STEPS=1", "W_CE=0.1", "W_SIM=0.5", "GLOBAL_BATCH=2")
     out = capsys.readouterr().out
     assert "W_CE=0.1" in out and "GLOBAL_BATCH=2" in out and f"torch {torch.__version__}" in out
     assert "M trained weights" in out and "{<|latent_pad|>" in out
-    assert "step     1/1 | loss" in out and "0.1 x ce" in out
+    assert "step     1/1 | loss" in out and "0.1 x ce" in out and "0.5 x sim" in out
     log, _ = result_of(tmp_path / "run")
-    assert log[0]["loss"] == pytest.approx(0.1 * log[0]["ce"] + log[0]["sim"])
+    assert log[0]["loss"] == pytest.approx(0.1 * log[0]["ce"] + 0.5 * log[0]["sim"])
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def spoken(letter, blocks, K=4):
     return f"<think>I <look> {block * blocks} so</think>\n<answer>{letter}. x</answer><|im_end|>"
 
 
-def fake_generate(model, samples, max_new, images=None, *sampling, feed=None):
+def fake_generate(model, samples, max_new, images, temperature, top_p, generators, feed):
     """Two blocks a row; hidden states and the letter depend on the question alone, never on batch-mates."""
     fed = []
     for block in range(2):

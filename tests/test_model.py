@@ -31,7 +31,7 @@ from model import (
     pool_latents,
     read_rows,
 )
-from model import Words, rope_positions, save_checkpoint, set_constants, token_logps
+from model import TiedTable, rope_positions, save_checkpoint, set_constants, token_logps
 
 
 @pytest.fixture(scope="module")
@@ -725,13 +725,13 @@ def test_the_head_sees_supervised_positions_only(tiny, rows):
 @pytest.mark.parametrize("chunk", [512, 5])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_table_read_and_spoken_from_gets_one_gradient(tied, chunk, half):
-    """Words and TargetLogps against autograd's own way; 5000 words, so that there are two blocks of them."""
+    """TiedTable and TargetLogps against autograd's own way; 5000 words, so that there are two blocks."""
     torch.manual_seed(0)
     table, other = (torch.randn(5000, 8, requires_grad=True) for _ in range(2))
     ids, targets = torch.randint(0, 60, (2, 6)), torch.randint(0, 5000, (12,))
     results = []
     for ours in (True, False):
-        x, words = Words.apply(table, ids) if ours else (F.embedding(ids, table), table)
+        x, words = TiedTable.apply(table, ids) if ours else (F.embedding(ids, table), table)
         head, hidden = words if tied else other, torch.tanh(x).flatten(0, 1)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             logits = None if ours else F.linear(hidden, head).float().log_softmax(dim=-1)
