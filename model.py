@@ -525,7 +525,7 @@ class TiedTable(torch.autograd.Function):
 
 
 class TargetLogps(torch.autograd.Function):
-    """log softmax(hidden · tableᵀ / temperature) at one id a row, banned ids left out -> (n,) float32.
+    """log softmax(hidden · tableᵀ) at one id a row, banned ids left out -> (n,) float32.
 
     hidden (n, D), table (V, D) of the head, ids (n,). Logits are made in blocks of words, which stay in a
     CPU's cache. Their memory becomes exp(logits - largest) and in the backward pass their gradient, for a row
@@ -533,24 +533,23 @@ class TargetLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, table, banned, temperature, hidden, ids):
+    def forward(ctx, table, banned, hidden, ids):
         logits = hidden.new_empty(len(hidden), len(table))
         for part, words in zip(logits.split(4096, dim=1), table.split(4096)):
             torch.mm(hidden, words.T, out=part)
         x = logits.float() if banned is None else logits.float().index_fill_(-1, banned, -torch.inf)
-        x.div_(temperature).sub_(x.amax(dim=-1, keepdim=True))
+        x.sub_(x.amax(dim=-1, keepdim=True))
         target = x.gather(-1, ids[:, None])  # (n, 1)
         total = x.exp_().sum(dim=-1, keepdim=True)
-        ctx.temperature = temperature
         ctx.save_for_backward(hidden, table, x, ids[:, None], total)
         return (target - total.log())[:, 0]
 
     @staticmethod
     def backward(ctx, g):
         hidden, table, x, ids, total = ctx.saved_tensors
-        g = g[:, None] / ctx.temperature
+        g = g[:, None]
         g = x.mul_(-g / total).scatter_add_(-1, ids, g).to(hidden.dtype)  # (n, V)
-        return g.T @ hidden, None, None, g @ table, None
+        return g.T @ hidden, None, g @ table, None
 
 
 def token_logps(hidden, table, targets, banned=None, temperature=1.0, chunk=1024):
@@ -559,9 +558,10 @@ def token_logps(hidden, table, targets, banned=None, temperature=1.0, chunk=1024
     Only supervised positions come here, so no (B, T, V) tensor exists; beyond one chunk, logits are made
     again in the backward pass instead of being kept. table (V, D): the head's weights.
     """
+    hidden = hidden / temperature  # here a few rows, there all their logits
     if torch.is_autocast_enabled(hidden.device.type):
         hidden, table = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, table))
-    one = functools.partial(TargetLogps.apply, table, banned, temperature)
+    one = functools.partial(TargetLogps.apply, table, banned)
     again = functools.partial(checkpoint, one, use_reentrant=False) if len(targets) > chunk else one
     return torch.cat([again(rows, ids) for rows, ids in zip(hidden.split(chunk), targets.split(chunk))])
 

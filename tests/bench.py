@@ -380,13 +380,34 @@ def rounds(net, calls, start):
     return {name: [*map(statistics.median, columns[:2]), max(columns[2])] for name, columns in kept.items()}
 
 
-def evaluation(net, alone):
-    """A call that answers EVAL questions greedily, one by one or all at once."""
+def asked(net):
+    """A Thinker of the network, a prompt and its images."""
     core = Thinker(net, bench_grpo4d.Words()).to(torch.get_default_device()).eval()
     core.net.config.latent_norm = None
     prompt, pixels, _ = bench_grpo4d.draw()
     images = bench_grpo4d.Pixels(core, cache=True)
     images.pixels = pixels
+    return core, prompt, images
+
+
+def decode_seconds(net):
+    """Seconds of a rollout's NEW - 1 positions behind the prompt's: G rows of one token at a time."""
+    core, prompt, images = asked(net)
+    device = torch.get_default_device()
+
+    def rollout(positions):
+        dice = [torch.Generator(device).manual_seed(number) for number in range(G)]
+        generate(core, [prompt], positions, images, 1.0, generators=dice)
+
+    with torch.autocast("cuda", torch.bfloat16, enabled=cuda()):
+        rollout(2)  # warms up, and keeps the video's features
+        one, all_of_them = (timed(functools.partial(rollout, count))[1][0] for count in (1, NEW))
+    return all_of_them - one
+
+
+def evaluation(net, alone):
+    """A call that answers EVAL questions greedily, one by one or all at once."""
+    core, prompt, images = asked(net)
     samples = [prompt | {"video": (f"video {number}",)} for number in range(EVAL)]
 
     def call():
@@ -442,7 +463,7 @@ def measure(way):
     torch.set_num_threads(THREADS)
     if cuda():
         torch.set_default_device("cuda")
-    start, naive, figures, peaks = bench_dift.memory(), way == "naive", {}, {}
+    start, naive, figures, peaks, decode = bench_dift.memory(), way == "naive", {}, {}, None
     if "dift" in PHASES.split():
         net = bench_dift.build()
         step = (bench_dift.common_step if naive else bench_dift.our_step)(net, bench_dift.draw())
@@ -460,6 +481,7 @@ def measure(way):
         if not naive:
             peaks["update"] = held(policy, frozen) + allocated(functools.partial(calls["update"], *rollout()))
         bench_grpo4d.model_file.pick = picks
+        decode = None if naive else decode_seconds(policy)
         del policy, frozen, rollout, refer, update, calls, make
     if "evaluation" in PHASES.split():
         net = bench_dift.build()
@@ -475,7 +497,7 @@ def measure(way):
     block = torch.empty(2**28 if cuda() else 2**25)
     copied = min(timed(lambda: block.clone())[1][0] for _ in range(3))
     rates = {"rate": rate, "bandwidth": 2 * 4 * block.numel() / copied}
-    return {"phases": figures, "allocated": peaks} | rates
+    return {"phases": figures, "allocated": peaks, "decode": decode} | rates
 
 
 def spawn(**constants):
@@ -525,8 +547,8 @@ def compare(size):
                 line += f"   PyTorch's own: {one['allocated'][name] / predicted:.2f} of the predicted memory"
             if way == "ours" and name == "rollout":  # every weight of the text is read once a position
                 item = 2 if cuda() else 4
-                read = item * weights()[0] * NEW / seconds / one["bandwidth"]
-                line += f"   {read:.2f} of the memory's bandwidth"
+                read = item * weights()[0] * (NEW - 1) / one["decode"] / one["bandwidth"]
+                line += f"   {one['decode']:.3f} s of it decode, {read:.2f} of the memory's bandwidth"
             print(line, flush=True)
     return results
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from helpers import N, ROOT, draw_image, forget_last, lively, one_thread, refused, run_script, two_processes
 from helpers import write_data
+from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
@@ -470,7 +471,8 @@ def test_the_folder_of_another_run_is_refused(tiny, tmp_path):
     shutil.copy(tmp_path / "data" / "train_imagery.jsonl", tmp_path / "data" / "train_verbal.jsonl")
     data = f"DATA={tmp_path / 'data'}"
     train(tiny, out, data, "STEPS=1")
-    for word in ("LR=0.5", "SEED=3", "K=2", "POOLING=strips", "GLOBAL_BATCH=4", "W_CE=0.5", "COT=verbal"):
+    words = "LR=0.5 SEED=3 K=2 POOLING=strips GLOBAL_BATCH=4 W_CE=0.5 COT=verbal WARMUP=7 MATCH_NORM=False"
+    for word in f"{words} SUFFIX=Think. MAX_PIXELS=784".split():
         name, value = word.split("=")
         refused(lambda word=word: train(tiny, out, data, word), f"{out}", f"{name}=", "RESUME=never")
     refused(lambda: train(tiny, out), "DATA=")
@@ -483,6 +485,23 @@ def test_starting_afresh_replaces_the_old_run(tiny, tmp_path):
     assert len(log) == 1
     assert newest_checkpoint(out).name == "step_000001"
     assert json.loads((newest_checkpoint(out) / "config.json").read_text())["run"]["LR"] == 0.5
+    train_nothing = [*words(tiny, out), "RESUME=never", "STEPS=0"]  # as if killed before its first checkpoint
+    with pytest.MonkeyPatch.context() as patch:
+        run_script(patch, "dift.py", *train_nothing)
+    assert not list(out.glob("step_*")) and (out / "log.jsonl").read_text() == ""
+
+
+def test_plain_feedback_holds_for_a_parent_that_matches_norms(tiny, tmp_path):
+    train(tiny, tmp_path / "one", "STEPS=1")
+    assert load_model(tmp_path / "one").net.config.latent_norm > 0
+    train(tiny, tmp_path / "two", "STEPS=1", f"MODEL={tmp_path / 'one'}", "MATCH_NORM=False")
+    assert load_model(tmp_path / "two").net.config.latent_norm is None
+
+
+def test_zero_prints_and_saves_the_last_step_alone(tiny, tmp_path, capsys):
+    train(tiny, tmp_path / "run", "STEPS=2", "LOG_EVERY=0", "SAVE_EVERY=0")
+    assert [path.name for path in (tmp_path / "run").glob("step_*")] == ["step_000002"]
+    assert capsys.readouterr().out.count("| loss") == 1
 
 
 # ---------------------------------------------------------------- bad input: one sentence each
@@ -556,6 +575,15 @@ def half_a_jpeg(folder):
     return (folder / "whole.jpg").read_bytes()[:500]
 
 
+def broken_png(folder):
+    """A PNG whose first chunk of pixels is zeros, which PIL calls a SyntaxError."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8))
+    image.save(folder / "whole.png")
+    content = (folder / "whole.png").read_bytes()
+    at = content.index(b"IDAT", 60000)
+    return content[: at - 4] + bytes(60) + content[at + 56 :]
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -565,8 +593,9 @@ def half_a_jpeg(folder):
         (lambda row, folder: row["image_input"].__setitem__(1, "gone.jpg"), "gone.jpg"),
         (lambda row, folder: spoil(folder, row, b"no image"), "spoilt.jpg is not a readable image"),
         (lambda row, folder: spoil(folder, row, half_a_jpeg(folder)), "spoilt.jpg is not a readable image"),
+        (lambda row, folder: spoil(folder, row, broken_png(folder)), "spoilt.jpg is not a readable image"),
     ],
-    ids=["json", "field", "placeholders", "missing image", "no image", "half an image"],
+    ids=["json", "field", "placeholders", "missing image", "no image", "half an image", "broken PNG"],
 )
 def test_bad_data_is_named_by_file_and_line(tiny, tmp_path, change, said):
     data = broken_data(tmp_path / "data", change)
@@ -587,6 +616,25 @@ def test_a_missing_folder_is_made(tiny, tmp_path, monkeypatch):
     assert asked == [[sys.executable, str(ROOT / "generate_data.py"), f"OUT={tmp_path / 'new'}"]]
     monkeypatch.setattr(subprocess, "run", lambda command, **how: subprocess.CompletedProcess(command, 1))
     refused(lambda: train(tiny, tmp_path / "other", f"DATA={tmp_path / 'gone'}"), "generate_data.py", "gone")
+
+
+def test_a_folder_that_is_half_made_is_made_to_its_end(tiny, tmp_path, monkeypatch):
+    """As a kill of the first command leaves it: constants.json alone. Other folders are left."""
+    asked, folder = [], tmp_path / "half"
+    folder.mkdir()
+    (folder / "constants.json").write_text("{}")
+
+    def made(command, **how):
+        asked.append(str(command[-1]))
+        write_data(folder)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", made)
+    train(tiny, tmp_path / "run", f"DATA={folder}", "STEPS=1")
+    train(tiny, tmp_path / "again", f"DATA={folder}", "STEPS=1")
+    assert asked == [f"OUT={folder}"]
+    (tmp_path / "own").mkdir()
+    refused(lambda: train(tiny, tmp_path / "other", f"DATA={tmp_path / 'own'}"), "train_imagery.jsonl")
 
 
 def test_the_script_can_be_imported_without_running():

@@ -485,6 +485,19 @@ def test_draw_without_a_video_or_a_log(world, faked, tmp_path):
     assert not (tmp_path / "picture.png").exists()  # nothing was seen, so nothing can be drawn
 
 
+def test_the_page_shows_controls_of_these_weights_alone(world, faked, tmp_path):
+    rows, model, _ = world
+    for name, video in {"eval": "", "eval_video-none": "none", "eval_video-other": "other"}.items():
+        evaluate.evaluate(model, rows, tmp_path / name, {"video": video}, limit=3)
+    file = tmp_path / "eval_video-other" / "summary.json"
+    other = json.loads(file.read_text())
+    other["settings"]["weights"] += 1
+    file.write_text(json.dumps(other))  # of a model that was trained again since
+    evaluate.draw(model, rows, tmp_path / "eval")
+    page = (tmp_path / "eval" / "report.html").read_text()
+    assert "eval_video-none" in page and "eval_video-other" not in page
+
+
 def test_heat_is_highest_where_the_latent_comes_from():
     tokens = torch.randn(2, 3, 3, 16, generator=torch.Generator().manual_seed(0))
     latents = tokens[1, 2, 0].expand(1, 4, 16)

@@ -241,6 +241,20 @@ def test_a_malformed_row_is_named_by_its_place(tmp_path, bad, words):
     refused(lambda: read(tmp_path, raw_row(), "", bad, raw_row()), f"{tmp_path}/rows.jsonl:3: ", words)
 
 
+def test_bytes_that_are_no_text_are_named_by_their_place(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'\n{"id": "\xff"}\n')
+    refused(lambda: read_rows(tmp_path / "rows.jsonl"), "rows.jsonl:2: not valid JSON")
+
+
+def test_a_line_ends_where_the_file_says(tmp_path):
+    """U+2028 within a text is no end of a line."""
+    text = json.dumps(raw_row(text_input="one\u2028two"), ensure_ascii=False)
+    (tmp_path / "rows.jsonl").write_text(text + "\n", encoding="utf-8")
+    read(tmp_path, raw_row())  # makes the images
+    (tmp_path / "rows.jsonl").write_text(text + "\n", encoding="utf-8")
+    assert read_rows(tmp_path / "rows.jsonl")[0]["text_input"] == "one\u2028two"
+
+
 def test_missing_and_empty_files_are_refused(tmp_path):
     refused(lambda: read_rows(tmp_path / "none.jsonl"), "none.jsonl", "DATA")
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -370,6 +384,7 @@ def test_positions_of_uneven_seconds_are_floored():
 def test_text_goes_on_after_the_widest_place():
     """One pair of 2 x 5 tokens: the largest position is the width's, 4."""
     assert rope_positions([([0.0], 2, 5), 2], 2)[:, -2:].tolist() == [[5, 6]] * 3
+    assert rope_positions([0, ([0.0], 1, 2), 0, 1], 2)[2].tolist() == [0, 1, 2]  # no text around it
     assert rope_positions([([0.0], 5, 2), 2], 2)[:, -2:].tolist() == [[5, 6]] * 3
 
 
@@ -1440,6 +1455,15 @@ def test_missing_weights_are_refused(tiny, tmp_path):
     tensors.pop(gone)
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     refused(lambda: load_model(tmp_path / "base", K=4, pooling="grid"), "lacks weights", "layers.1.mlp")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    refused(lambda: load_model(tmp_path / "base", K=4, pooling="grid"), "holds no weights", "base")
+
+
+def test_the_instruction_comes_from_a_file(tiny, tmp_path):
+    (tmp_path / "words").write_text("\nLook twice — then answer.", encoding="utf-8")
+    model = load_model(tiny / "base", K=4, pooling="grid", suffix=f"@{tmp_path / 'words'}")
+    assert model.net.config.prompt_suffix == "\nLook twice — then answer."
+    refused(lambda: load_model(tiny / "base", K=4, suffix="@none"), "SUFFIX=@none", "no file")
 
 
 def test_attention_is_pinned_and_weights_are_float32(tiny, model, tmp_path):
