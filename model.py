@@ -728,7 +728,7 @@ def generate(model, samples, max_new, images=None, temperature=0.0, top_p=1.0, g
     done = torch.zeros(B, dtype=torch.bool, device=device)
     tokens, fed, thinking = [], [], False
     for step in range(max_new):
-        logits = model.net.lm_head(hidden).float().index_fill(-1, model.banned, -torch.inf)  # (B, V)
+        logits = model.net.lm_head(hidden).float().index_fill_(-1, model.banned, -torch.inf)  # (B, V)
         token = pick(logits, uniform[:, step], temperature, top_p)
         inside, ending = left > 0, left == 0
         token = token.masked_fill(inside, ids["latent_pad"]).masked_fill(ending, ids["latent_end"])
