@@ -175,10 +175,10 @@ if __name__ == "__main__":
     check(GLOBAL_BATCH % world == 0, f"GLOBAL_BATCH={GLOBAL_BATCH} is no multiple of the {world} processes.")
     say = functools.partial(print, flush=True) if rank == 0 else lambda *words, **how: None
 
-    # data: the toy world is made where there is none, or only a part of one (the test file comes last)
+    # data: the toy world is made where there is none, or only a part of one (test files come after training's)
     train_file, test_file = split_files(DATA, COT)
-    ours = not Path(DATA).exists() or Path(DATA, "constants.json").exists()
-    if rank == 0 and ours and not test_file.exists() and Path(DATA).suffix != ".jsonl":
+    generated = not Path(DATA).exists() or Path(DATA, "constants.json").exists()
+    if rank == 0 and generated and not test_file.exists() and Path(DATA).suffix != ".jsonl":
         made = subprocess.run([sys.executable, Path(__file__).with_name("generate_data.py"), f"OUT={DATA}"])
         check(made.returncode == 0, f"generate_data.py could not make {DATA}; see above.")
     all_sum([0], device)  # all wait for it
