@@ -175,7 +175,7 @@ if __name__ == "__main__":
     check(GLOBAL_BATCH % world == 0, f"GLOBAL_BATCH={GLOBAL_BATCH} is no multiple of the {world} processes.")
     say = functools.partial(print, flush=True) if rank == 0 else lambda *words, **how: None
 
-    # data: the toy world is made where there is none, or only a part of one (test files come after training's)
+    # data: the toy world is made where there is none, or a part of one (its test files come last)
     train_file, test_file = split_files(DATA, COT)
     generated = not Path(DATA).exists() or Path(DATA, "constants.json").exists()
     if rank == 0 and generated and not test_file.exists() and Path(DATA).suffix != ".jsonl":
