@@ -62,7 +62,7 @@ QUESTIONS = ""  # 4DRL rows of the release (jsonl) or DSR-Train's (json, parquet
 VIDEOS = ""  # folder of mp4 files, searched through all its folders, or SpatialVID's own
 # data
 SOURCE = "toy"  # "toy" | "spatialvid" | "videos" | "questions"
-TRAIN_CLIPS = 12000  # clips of train_*.jsonl (ours)
+TRAIN_CLIPS = 8000  # clips of train_*.jsonl (ours)
 TEST_CLIPS = 500  # clips of test_*.jsonl, never seen in training (ours)
 RL_TRAIN_CLIPS = 3000  # clips of rl_train.jsonl (ours)
 RL_TEST_CLIPS = 250  # clips of rl_test.jsonl (ours)
@@ -193,7 +193,7 @@ def hit_box(origin, rays, half, yaw):
 
 
 def paint_background(pos, rays, look, shadows):
-    """Ground, shadows, mountains, sky and sun -> colour (T, H, W, 3), depth (T, H, W), is_sun (T, H, W)."""
+    """Ground, shadows, mountains, sky and sun -> colour (3, T, H, W), depth (T, H, W), is_sun (T, H, W)."""
     dx, dy, dz = rays
     depth = np.where(dy < 0, pos[:, 1, None, None] / np.maximum(-dy, 1e-6), np.inf).astype(np.float32)
     far = np.minimum(depth, 1e4)
@@ -204,13 +204,15 @@ def paint_background(pos, rays, look, shadows):
         distance = (x - centre[:, 0, None, None]) ** 2 + (z - centre[:, 2, None, None]) ** 2
         light = np.where(distance < radius**2, light * 0.6, light)
     length = np.sqrt(dx * dx + dy * dy + dz * dz)
-    colour = look["sky"] * (1.05 - 0.5 * np.maximum(dy / length, 0))[..., None]
+    colour = np.multiply.outer(look["sky"], 1.05 - 0.5 * np.maximum(dy / length, 0))
     is_sun = np.einsum("cthw,c->thw", rays, look["sun"]) > look["sun_cos"] * length
-    colour[is_sun] = (255, 250, 190)
-    ridge = look["ridge"][np.degrees(np.arctan2(dx, dz)).astype(np.int32) % 360]
-    is_mountain, is_ground = (dy < ridge * length) & (dy >= 0), np.isfinite(depth)
-    colour[is_mountain] = look["mountain"]
-    colour[is_ground] = light[is_ground][:, None] * look["ground"]
+    ridge, is_ground = look["ridge"], np.isfinite(depth)
+    is_mountain = (dy < ridge.max() * length) & (dy >= 0)  # low enough to be one
+    angle = np.degrees(np.arctan2(dx[is_mountain], dz[is_mountain])).astype(np.int32) % 360
+    is_mountain[is_mountain] = dy[is_mountain] < ridge[angle] * length[is_mountain]
+    colour[:, is_sun] = np.float32([[255], [250], [190]])
+    colour[:, is_mountain] = look["mountain"][:, None]
+    colour[:, is_ground] = np.multiply.outer(look["ground"], light[is_ground])
     return colour, depth, is_sun & ~is_mountain & ~is_ground
 
 
@@ -229,8 +231,9 @@ def render(scene, size, hfov):
         front = depth < nearest
         nearest[front], owner[front] = depth[front], number
         light = 0.7 + 0.4 * np.maximum(look["light"] @ normal[:, front], 0)
-        colour[front] = light[:, None] * np.float32(COLOURS[thing["colour"]])
-    frames = np.clip(colour * look["brightness"] + look["noise"], 0, 255).astype(np.uint8)
+        colour[:, front] = np.multiply.outer(np.float32(COLOURS[thing["colour"]]), light)
+    frames = np.clip(colour * look["brightness"] + look["noise"][..., 0], 0, 255).astype(np.uint8)
+    frames = np.ascontiguousarray(frames.transpose(1, 2, 3, 0))  # (T, H, W, 3)
     width = max(1, size // 28)
     for left, grey in zip(np.linspace(0, size - width, len(LINES)).round().astype(int), LINES):
         columns = slice(left, left + width)  # nothing is visible under the lines of the viewfinder
@@ -367,17 +370,17 @@ def mover_path(rng, mover):
 def fits(scene):
     """Whether a scene shows its labels: nothing collides, things asked about stay in view, labels hold."""
     things, pos, rot = scene["things"], scene["pos"], scene["rot"]
-    for number, thing in enumerate(things):
-        path, radius = thing["path"], thing["half"][0]
-        gaps = [np.linalg.norm(path - it["path"], axis=1).min() - it["half"][0] for it in things[:number]]
-        if min(gaps, default=9) < radius + 0.2:
-            return False
-        facts = path_labels(path, pos, rot)
-        if any(thing[ask] != facts[ask] for ask in thing.get("ask", []) if ask in facts):
-            return False
     for thing in scene["asked"]:
         x, y, depth = project(thing["path"], pos, rot, HFOV)
         if depth.min() < 2.2 or min(x.min(), y.min()) < 0.12 or max(x.max(), y.max()) > 0.88:
+            return False
+    for number, thing in enumerate(things):
+        path, radius, asks = thing["path"], thing["half"][0], thing.get("ask", [])
+        gaps = [np.linalg.norm(path - it["path"], axis=1).min() - it["half"][0] for it in things[:number]]
+        if min(gaps, default=9) < radius + 0.2:
+            return False
+        facts = path_labels(path, pos, rot) if asks else {}
+        if any(thing[ask] != facts[ask] for ask in asks if ask in facts):
             return False
     return pos[:, 1].min() > 0.7
 
@@ -1014,10 +1017,11 @@ def save_clips(folder, clips, made):
                 mask = clip["masks"][item["thing"]][t]
                 images[name] = overlay(clip["frames"][t], mask, ALPHA, OVERLAY_COLOUR)
     shutil.rmtree(part, ignore_errors=True)
+    paths = {name: part / name.split("/", 2)[2] for name in images}
+    for parent in {path.parent for path in paths.values()}:
+        parent.mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
-        path = part / name.split("/", 2)[2]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path, quality=95, subsampling=0)
+        Image.fromarray(image).save(paths[name], quality=95, subsampling=0)
     (part / "rows.json").write_text(json.dumps(made))
     part.rename(folder)
 

@@ -257,15 +257,6 @@ def frame_sizes(size, config):
     return size, smart[::-1]
 
 
-def resize(image, config):
-    """A PIL image at the size the model sees: Lanczos where too large (release), then bicubic (library).
-
-    An image that has the size already is copied as it is.
-    """
-    small, final = frame_sizes(image.size, config)
-    return image.resize(small, Image.Resampling.LANCZOS).resize(final, Image.Resampling.BICUBIC)
-
-
 def patchify(frames, patch, merge, pair):
     """Frames (n, H, W, 3) uint8 -> patches (P, 3·pair·patch²) float32 in merge order, grid (t, h, w).
 
@@ -273,26 +264,32 @@ def patchify(frames, patch, merge, pair):
     with merge 2 the rows are (0,0) (0,1) (1,0) (1,1) of the first window, then of the next one to the right.
     """
     frames = (frames.astype(np.float32) * (1 / 255) - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-    frames = np.pad(frames, ((0, -len(frames) % pair), (0, 0), (0, 0), (0, 0)), "edge")  # (t·pair, H, W, 3)
+    frames = np.concatenate([frames, frames[-1:].repeat(-len(frames) % pair, axis=0)])  # (t·pair, H, W, 3)
     t, h, w = len(frames) // pair, frames.shape[1] // patch, frames.shape[2] // patch
     x = frames.reshape(t, pair, h // merge, merge, patch, w // merge, merge, patch, 3)
     x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/m, w/m, m, m, 3, pair, patch, patch)
     return torch.from_numpy(np.ascontiguousarray(x).reshape(t * h * w, -1)), (t, h, w)
 
 
-def open_image(path, where):
-    """An image file -> PIL image, RGB; exits on a bad one."""
+def open_image(path, where, only_size=False):
+    """An image file -> PIL image, RGB, or its (width, height) without decoding it; exits on a bad one."""
     try:
-        return Image.open(path).convert("RGB")
+        image = Image.open(path)
+        return image.size if only_size else image.convert("RGB")
     except (OSError, SyntaxError):  # a broken PNG is a SyntaxError to PIL
         sys.exit(f"{where}: {path} is not a readable image; make it again or drop the row.")
 
 
 def load_images(paths, config, where=""):
-    """Files of one video or overlay -> patches (P, 3·pair·patch²), grid (t, h, w); exits on a bad file."""
-    vision, images = config.vision_config, [resize(open_image(path, where), config) for path in paths]
-    size = images[0].size  # a video has one size: its first frame's
-    frames = np.stack([np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images])
+    """Files of one video or overlay -> patches (P, 3·pair·patch²), grid (t, h, w); exits on a bad file.
+
+    Lanczos where a frame is too large (release), then bicubic (library); all get the size of the first.
+    """
+    vision, images = config.vision_config, [open_image(path, where) for path in paths]
+    sizes = frame_sizes(images[0].size, config)
+    for size, how in zip(sizes, (Image.Resampling.LANCZOS, Image.Resampling.BICUBIC)):
+        images = [image if image.size == size else image.resize(size, how) for image in images]
+    frames = np.stack([np.asarray(image) for image in images])
     return patchify(frames, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
 
 
@@ -397,8 +394,8 @@ def encode_row(model, row, answer=True):
 
 def video_grid(row, config):
     """Patches (t, h, w) of a row's video from the size of its first frame alone."""
-    vision, image = config.vision_config, open_image(row["image_input"][0], row["where"])
-    _, (width, height) = frame_sizes(image.size, config)
+    vision, size = config.vision_config, open_image(row["image_input"][0], row["where"], only_size=True)
+    _, (width, height) = frame_sizes(size, config)
     t = math.ceil(len(row["image_input"]) / vision.temporal_patch_size)
     return t, height // vision.patch_size, width // vision.patch_size
 
