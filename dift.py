@@ -59,7 +59,7 @@ MATCH_NORM = True  # at inference, hidden states are fed back with the mean norm
 TRAIN_VISION = False  # True only for pretraining (paper: frozen)
 SUPERVISE = "all"  # all | letters: what the text loss sees; option letters alone for pretraining (ours)
 # --- optimisation
-STEPS = 2800  # optimiser steps
+STEPS = 2500  # optimiser steps
 GLOBAL_BATCH = 8  # rows of one step over all devices (release)
 MICRO_BATCH = 8  # rows of one forward pass on one device; accumulation follows from it
 LR = 2e-3  # peak learning rate (release: 1e-5 for the 3B model)
@@ -70,8 +70,8 @@ W_CE = 1.0  # weight of the text loss in Eq. 7 (release: 0.1)
 W_SIM = 0.3  # weight of the imagery loss in Eq. 7 (release: 1.0)
 # --- logging
 LOG_EVERY = 20  # steps between printed lines, 0: the last alone; every step goes to the log file
-EVAL_EVERY = 700  # steps between looks at retrieval@1 on 64 held-out rows; 0: never
-SAVE_EVERY = 700  # steps between checkpoints; 0: the last alone
+EVAL_EVERY = 500  # steps between looks at retrieval@1 on 64 held-out rows; 0: never
+SAVE_EVERY = 500  # steps between checkpoints; 0: the last alone
 # --- system
 RESUME = "auto"  # auto: go on from the newest checkpoint in OUT | never: start afresh
 CACHE_FEATURES = True  # keep frozen-vision features in memory, so that a clip is encoded once
