@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.cache_utils import DynamicLayer
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import model as model_py
+from assets import faster
 from model import Images, checkpoint_layers, collate, encode_row, frame_sizes, generate, load_images
 from model import load_model
 from model import (
@@ -1044,6 +1046,45 @@ def test_some_ids_are_never_sampled(tiny, rows, temperature):
     assert banned == set(model.banned.tolist())
     for answer in answers:
         assert not banned & {t for t, sampled in zip(answer["ids"], answer["is_sampled"]) if sampled}
+
+
+@pytest.mark.parametrize("rows, words", [(1, 1024), (5, 2500), (3, 40)])
+def test_the_head_in_blocks_equals_the_whole(rows, words):
+    """Blocks of 1,024 words, the last one shorter; where a gradient is asked for it is a plain product."""
+    hidden, table = torch.randn(rows, 8), torch.randn(words, 8, requires_grad=True)
+    plain = faster.head_logits(hidden, table)
+    with torch.no_grad():
+        assert torch.allclose(faster.head_logits(hidden, table), hidden @ table.T, atol=1e-6)
+    plain.sum().backward()
+    assert torch.allclose(table.grad, hidden.sum(dim=0).expand(words, 8))
+
+
+def test_the_cache_grows_in_place(monkeypatch):
+    """The library's keys and values, for prompts and tokens; they move only where room has run out."""
+    monkeypatch.setattr(faster, "SPARE", 3)
+    ours, theirs = faster.RoomyLayer(), DynamicLayer()
+    places = []
+    for number, length in enumerate([5, 1, 1, 1, 1, 1, 2, 1, 1]):
+        new = torch.rand(2, 2 if number < 3 else 4, 2, length, 4)  # keys and values (B, heads, t, d)
+        with torch.no_grad():
+            got, true = ours.update(*new), theirs.update(*new)
+            places.append(ours.keys.data_ptr())
+            if number == 2:  # the prompt's answers, after two tokens: what was written in place is left
+                for layer in (ours, theirs):
+                    layer.batch_repeat_interleave(2)
+        assert all(torch.equal(a, b) for a, b in zip(got, true)), number
+        assert ours.get_seq_length() == theirs.get_seq_length() == [5, 6, 7, 8, 9, 10, 12, 13, 14][number]
+    moved = [number for number in range(1, 9) if places[number] != places[number - 1]]
+    assert moved == [1, 3, 6, 7]
+
+
+def test_the_cache_keeps_a_graph():
+    """A token through which a gradient goes is not written in place."""
+    layer, new = faster.RoomyLayer(), torch.rand(3, 1, 2, 1, 4, requires_grad=True)
+    for x in new:
+        keys, _ = layer.update(x, x)
+    keys.pow(2).sum().backward()
+    assert torch.equal(new.grad, 2 * new.detach())
 
 
 def test_the_cut_flag(tiny, rows):
