@@ -5,8 +5,8 @@ Out: OUT/step_*/ (checkpoints), OUT/log.jsonl, and after the last step OUT/eval/
 
     python dift.py                                        # laptop: the toy data is made first if missing
     python dift.py MODEL=Qwen2.5-VL-3B-Instruct DATA=data/dift_data.jsonl POOLING=strips LR=1e-5 \\
-        WARMUP=10 MICRO_BATCH=1 TEST_BATCH=8 W_CE=0.1 W_SIM=1.0 CHECKPOINTING=True \\
-        CACHE_FEATURES=False                              # one GPU
+        WARMUP=10 BETA2=0.999 MICRO_BATCH=1 TEST_BATCH=8 W_CE=0.1 W_SIM=1.0 \\
+        CHECKPOINTING=True CACHE_FEATURES=False           # one GPU
     torchrun --nproc_per_node=8 dift.py ...               # the same run on eight; PARALLEL=fsdp for 7B
 
 Differs from the paper:
@@ -64,6 +64,7 @@ GLOBAL_BATCH = 8  # rows of one step over all devices (release)
 MICRO_BATCH = 8  # rows of one forward pass on one device; accumulation follows from it
 LR = 2e-3  # peak learning rate (release: 1e-5 for the 3B model)
 WARMUP = 100  # steps of linear warm-up, then linear decay to zero (release: 10)
+BETA2 = 0.95  # of AdamW: how much of the second moment each step keeps (release: 0.999)
 WEIGHT_DECAY = 0.01  # (release)
 CLIP = 1.0  # largest norm of the gradient (release)
 W_CE = 1.0  # weight of the text loss in Eq. 7 (release: 0.1)
@@ -80,7 +81,7 @@ CHECKPOINTING = False  # activation checkpointing: less memory, a third more tim
 SEED = 0  # of the data order
 
 kept_on_resume = "MODEL DATA COT MAX_PIXELS MIN_PIXELS SECONDS_PER_PAIR SUFFIX K POOLING MATCH_NORM"
-kept_on_resume += " TRAIN_VISION SUPERVISE GLOBAL_BATCH LR WARMUP WEIGHT_DECAY CLIP W_CE W_SIM SEED"
+kept_on_resume += " TRAIN_VISION SUPERVISE GLOBAL_BATCH LR WARMUP BETA2 WEIGHT_DECAY CLIP W_CE W_SIM SEED"
 
 
 def dift_loss(logp, imagined, targets, n_text, n_latent, w_ce, w_sim):
@@ -129,8 +130,7 @@ def split_files(data, cot):
 
 def narrow(sample, tokens):
     """A sample of whose supervised tokens only those among `tokens` (n,) stay so; all, if that is empty."""
-    kept = torch.isin(sample["ids"], tokens) | (len(tokens) == 0)  # (T,)
-    return sample | {"is_text": sample["is_text"] & kept}
+    return sample | {"is_text": sample["is_text"] & (torch.isin(sample["ids"], tokens) | (not len(tokens)))}
 
 
 def micro_batches(model, images, rows, letters, size, rank=0, world=1):
@@ -189,8 +189,8 @@ if __name__ == "__main__":
     done = sorted(Path(OUT).glob("step_*/config.json")) if RESUME == "auto" else []
     run = json.loads(done[-1].read_text())["run"] if done else {"step": 0, **constants}
     for name in kept_on_resume.split():
-        same = run[name] == constants[name]
-        check(same, f"OUT={OUT} holds a run with {name}={run[name]}; set another OUT, or RESUME=never.")
+        same = run.get(name) == constants[name]
+        check(same, f"OUT={OUT} holds a run with {name}={run.get(name)}; set another OUT, or RESUME=never.")
     parent, start = done[-1].parent if done else MODEL, run["step"]
     pixels = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "seconds_per_pair": SECONDS_PER_PAIR}
     core = load_model(parent, device, K, POOLING, SUFFIX, **pixels)
@@ -202,7 +202,7 @@ if __name__ == "__main__":
     images = Images(core, cache=CACHE_FEATURES and not TRAIN_VISION)
     split = {"rank": rank, "world": world, "images": images, "how": {"batch": TEST_BATCH}}
     trained = [parameter for parameter in core.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, LR, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(trained, LR, (0.9, BETA2), weight_decay=WEIGHT_DECAY, fused=True)
     if start:
         load_optimizer(parent, core, optimizer)
 

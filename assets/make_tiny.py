@@ -472,6 +472,7 @@ if __name__ == "__main__":
             how = {"MODEL": parent, "DATA": data, "OUT": out / name, "STEPS": steps, "LR": lr}
             how |= {"SUPERVISE": supervise, "K": 0, "TRAIN_VISION": False, "CACHE_FEATURES": True}
             how |= {"EVAL_EVERY": 0, "TEST_ROWS": 0, "GLOBAL_BATCH": GLOBAL_BATCH, "MICRO_BATCH": MICRO_BATCH}
+            how |= {"BETA2": 0.999}  # the bundled base was made with it
             how |= {"SAVE_EVERY": SAVE_EVERY, "LOG_EVERY": LOG_EVERY}
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={PROCESSES}"]
             command += [

@@ -471,8 +471,8 @@ def test_the_folder_of_another_run_is_refused(tiny, tmp_path):
     shutil.copy(tmp_path / "data" / "train_imagery.jsonl", tmp_path / "data" / "train_verbal.jsonl")
     data = f"DATA={tmp_path / 'data'}"
     train(tiny, out, data, "STEPS=1")
-    words = "LR=0.5 SEED=3 K=2 POOLING=strips GLOBAL_BATCH=4 W_CE=0.5 COT=verbal WARMUP=7 MATCH_NORM=False"
-    for word in f"{words} SUFFIX=Think. MAX_PIXELS=784".split():
+    words = "LR=0.5 SEED=3 K=2 POOLING=strips GLOBAL_BATCH=4 W_CE=0.5 COT=verbal WARMUP=7 BETA2=0.9"
+    for word in f"{words} MATCH_NORM=False SUFFIX=Think. MAX_PIXELS=784".split():
         name, value = word.split("=")
         refused(lambda word=word: train(tiny, out, data, word), f"{out}", f"{name}=", "RESUME=never")
     refused(lambda: train(tiny, out), "DATA=")
