@@ -834,6 +834,6 @@ if __name__ == "__main__":
             write(out / "summary.json", json.dumps(summary, indent=1))
             print_table(summary)
             draw(model, rows, out, newest_checkpoint(MODEL).parent / "log.jsonl", SAMPLES)
-            print(f"{out}/summary.json, {out}/picture.png, {out}/report.html")
+            print(f"{out}/summary.json,", f"{out}/picture.png," * (VIDEO != "none"), f"{out}/report.html")
     if world > 1:
         dist.destroy_process_group()
