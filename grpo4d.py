@@ -168,16 +168,21 @@ def pack(model, images, prompts, groups, prefix, replay):
     return batch, latents
 
 
-def answer_sums(scored, rewards, groups):
-    """Sums for the log over answers: scored (Q, G, 2) nested, rewards (Q, G), groups of answers -> dict."""
+def answer_sums(scored, rewards, groups, batches):
+    """Sums for the log over answers: scored (Q, G, 2) nested, rewards (Q, G), groups of answers -> dict.
+
+    batches as `pack` made them; real: their tokens, prompts included, places: the same and padding.
+    """
     answers = [made for group in groups for made in group]
-    sums = {"reward": rewards.sum().item(), "acc": 0.0, "fmt": 0.0}
-    for name, part in zip(("acc", "fmt"), torch.tensor(scored).unbind(dim=-1)):
-        sums[name] = part.sum().item()
+    acc, fmt = torch.tensor(scored).sum(dim=(0, 1)).tolist()
+    sums = {"reward": rewards.sum().item(), "acc": acc, "fmt": fmt}
     sums["length"] = sum(len(made["ids"]) for made in answers)
     sums["cut"] = sum(made["cut"] for made in answers)
     sums["blocks"] = sum(made["text"].count("<|latent_start|>") for made in answers)
     sums["spread"] = (rewards != rewards[:, :1]).any(dim=1).sum().item()
+    parts = [part["is_real"] for batch in batches for part in (batch, batch.get("prompts")) if part]
+    sums["real"] = sum(is_real.sum().item() for is_real in parts)
+    sums["places"] = sum(is_real.numel() for is_real in parts)
     return sums
 
 
@@ -212,9 +217,8 @@ def log_line(entry, steps, w_acc, w_fmt):
     parts += ["reward {reward:.3f} = {w_acc:g} x acc {acc:.2f} + {w_fmt:g} x fmt {fmt:.2f}"]
     parts += ["spread {spread:.0f}/{groups:.0f}", "length {length:.0f}", "cut {cut:.2f}"]
     parts += ["imagery {blocks:.1f}", "ratio {ratio:.3f}", "clip {clip:.3f}", "kl {kl:.4f}"]
-    parts += ["entropy {entropy:.3f}", "loss {loss:.4f}"]
-    parts += ["gnorm {gnorm:.2f}", "lr {lr:.1e}", "{seconds:.1f} s", "rollout {rollout:.2f}k tok/s"]
-    parts += ["update {update:.2f}k tok/s"]
+    parts += ["entropy {entropy:.3f}", "loss {loss:.4f}", "gnorm {gnorm:.2f}", "lr {lr:.1e}"]
+    parts += ["{seconds:.1f} s", "rollout {rollout:.2f}k tok/s", "update {update:.2f}k tok/s"]
     return " | ".join(parts).format(steps=steps, w_acc=w_acc, w_fmt=w_fmt, **entry)
 
 
@@ -241,8 +245,7 @@ if __name__ == "__main__":
     check(G >= 2, f"G={G}: an advantage is relative to other answers; set G to 2 or more.")
     check(TEMPERATURE > 0, f"TEMPERATURE={TEMPERATURE} makes all answers one; set it above 0, such as 1.")
     check(GLOBAL_BATCH % world == 0, f"GLOBAL_BATCH={GLOBAL_BATCH} is no multiple of the {world} processes.")
-    fine = PREFIX == "rows" or not CHECKPOINTING
-    check(fine, "CHECKPOINTING=True drops the prompt's cache; set PREFIX=rows.")
+    check(PREFIX == "rows" or not CHECKPOINTING, "CHECKPOINTING=True drops all caches; set PREFIX=rows.")
     say = functools.partial(print, flush=True) if rank == 0 else lambda *words, **how: None
 
     # data
@@ -280,7 +283,7 @@ if __name__ == "__main__":
     reference = parallelise(reference, PARALLEL, device) if PARALLEL == "fsdp" else reference
     images = Images(core, cache=True)
     trained = [parameter for parameter in core.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, LR, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(trained, LR, weight_decay=WEIGHT_DECAY, fused=True)
     if start:
         load_optimizer(parent, core, optimizer)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -329,6 +332,12 @@ if __name__ == "__main__":
                 groups += [made[first : first + G] for first in range(0, len(made), G)]
         rolled = time.time()
 
+        # from here on questions that cost the update as much stand together, so that little is padding
+        reads = 1 if PREFIX == "shared" else G  # of a prompt
+        cost = [reads * len(p["ids"]) + G * max(len(m["ids"]) for m in g) for p, g in zip(prompts, groups)]
+        order = sorted(range(len(mine)), key=cost.__getitem__)
+        mine, prompts, groups = ([part[i] for i in order] for part in (mine, prompts, groups))
+
         # 3, 4: rewards and advantages
         scored = [[reward(rows[i], m, FORMAT_NEEDS_IMAGERY) for m in g] for i, g in zip(mine, groups)]
         rewards = torch.tensor(scored) @ torch.tensor([W_ACC, W_FMT])  # (Q, G)
@@ -361,13 +370,13 @@ if __name__ == "__main__":
             optimizer.zero_grad(set_to_none=True)
 
         # the log of a step, and at times an answer, scores and a checkpoint
-        some = answer_sums(scored, rewards, groups)
+        some = answer_sums(scored, rewards, groups, [batch for batch, *_ in kept.values()])
         entry = {"step": step + 1, "groups": GLOBAL_BATCH} | dict(zip(some, all_sum(some.values(), device)))
         entry |= {name: entry[name] / (GLOBAL_BATCH * G) for name in some if name != "spread"}
         loss, *tokens, n_text = all_sum(sums.tolist(), device)
-        means = [x / max(1, n_text) for x in tokens]
-        entry |= {"loss": loss / MU} | dict(zip(("ratio", "clip", "kl", "entropy"), means))
-        entry |= {"gnorm": gnorm.item(), "lr": lr, "seconds": time.time() - began}
+        entry |= dict(zip(("ratio", "clip", "kl", "entropy"), (x / max(1, n_text) for x in tokens)))
+        entry |= {"loss": loss / MU, "gnorm": gnorm.item(), "lr": lr, "seconds": time.time() - began}
+        entry["padding"] = 1 - entry.pop("real") / entry.pop("places")  # of what the update reads
         thousands = entry["length"] * GLOBAL_BATCH * G / 1e3  # positions of all answers, latents included
         entry |= {"rollout": thousands / (rolled - began), "update": thousands * MU / (time.time() - rolled)}
         if held_out.get("compound") and EVAL_EVERY and (step + 1) % EVAL_EVERY == 0:

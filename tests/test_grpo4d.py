@@ -20,6 +20,7 @@ from model import TargetLogps, rows_of_step, save_checkpoint
 
 G, MAX_NEW, HOT = 4, 30, 2.0  # answers to a question, their limit, the temperature that mixes their states
 TIMES = ("seconds", "rollout", "update")
+UNLIKE = (*TIMES, "padding")  # of two runs whose steps are the same
 
 
 @pytest.fixture(scope="module")
@@ -558,8 +559,12 @@ def test_sums_over_answers_by_hand():
     answers = [{"ids": [0] * n, "cut": n == 9, "text": text} for n, text in zip((5, 2, 9, 1), texts)]
     scored = [[(1.0, 1.0), (1.0, 0.0)], [(0.0, 1.0), (0.0, 1.0)]]
     rewards = torch.tensor([[1.2, 1.0], [0.2, 0.2]])
-    sums = answer_sums(scored, rewards, [answers[:2], answers[2:]])
+    real = torch.ones(2, 9, dtype=torch.bool)
+    real[0, 5:] = False  # 14 of 18
+    batches = [{"is_real": real, "prompts": {"is_real": real[:1]}}, {"is_real": real}]
+    sums = answer_sums(scored, rewards, [answers[:2], answers[2:]], batches)
     expected = {"reward": 2.6, "acc": 2, "fmt": 3, "length": 17, "cut": 1, "blocks": 4, "spread": 1}
+    expected |= {"real": 14 + 5 + 14, "places": 18 + 9 + 18}
     assert sums == pytest.approx(expected)
 
 
@@ -646,11 +651,11 @@ def result_of(out):
 
 
 def assert_equal_runs(mine, theirs):
-    """Logs and weights to 1e-5, times aside."""
+    """Logs and weights to 1e-5, times and padding aside."""
     assert len(mine[0]) == len(theirs[0]) > 0
     for one, other in zip(mine[0], theirs[0]):
         assert one.keys() == other.keys()
-        for name in one.keys() - set(TIMES):
+        for name in one.keys() - set(UNLIKE):
             assert one[name] == pytest.approx(other[name], abs=1e-5, rel=1e-5), name
     assert mine[1].keys() == theirs[1].keys()
     for name, weight in mine[1].items():
@@ -762,6 +767,43 @@ def test_two_updates_of_a_rollout_equal_a_naive_loop(world, tmp_path, monkeypatc
     for name, weight in policy.net.state_dict().items():
         if "visual" not in name:  # where a gradient is next to nothing, AdamW makes much of its rounding
             assert (weight - end[name]).abs().mean() < 1e-6 < 1e-4 < (weight - start[name]).abs().mean()
+
+
+@pytest.mark.parametrize("prefix", ["shared", "rows"])
+def test_questions_that_cost_as_much_are_read_together(world, tmp_path, monkeypatch, prefix):
+    """Longest answers of 40, 4, 41, 5 tokens: behind shared prompts 4 stands with 5 and 40 with 41."""
+    lengths = [[40, 9, 2], [3, 4, 2], [41, 40, 3], [5, 5, 5]]  # in order of the prompts' lengths
+
+    def made_up(model, prompts, *args, **kwargs):
+        ids = [[30] * (n - 1) + [model.ids["im_end"]] for n in sum(lengths, [])]
+        none = torch.zeros(0, model.net.config.text_config.hidden_size)
+        flags = [{"is_latent": [False] * len(row), "is_sampled": [True] * len(row)} for row in ids]
+        more = {"latents": none, "cut": False, "text": ""}
+        return [{"ids": row} | flag | more for row, flag in zip(ids, flags)]
+
+    monkeypatch.setattr(model_py, "generate", made_up)
+    (entry,), _ = train(world, tmp_path / "run", "STEPS=1", "MICRO_BATCH=2", f"PREFIX={prefix}")
+
+    policy, rows = load_model(world / "dift"), read_rows(world / "rl.jsonl")
+    drawn = [encode_row(policy, rows[index], answer=False) for index in rows_of_step(0, len(rows), 4, seed=2)]
+    prompts = sorted(len(prompt["ids"]) for prompt in drawn)
+
+    def padding(*pairs):
+        read = places = 0
+        for pair in pairs:
+            asked, made = [prompts[i] for i in pair], [lengths[i] for i in pair]
+            if prefix == "shared":
+                read += sum(asked) + sum(map(sum, made))
+                places += 2 * max(asked) + 6 * max(map(max, made))
+            else:
+                read += 3 * sum(asked) + sum(map(sum, made))
+                places += 6 * max(p + max(some) for p, some in zip(asked, made))
+        return 1 - read / places
+
+    pairs = [((0, 1), (2, 3)), ((1, 3), (0, 2)), ((0, 3), (1, 2))]
+    best = min(pairs, key=lambda two: padding(*two))
+    assert entry["padding"] == pytest.approx(padding(*best))
+    assert best == pairs[1] or prefix == "rows"  # where prompts are read with each answer, they decide
 
 
 @pytest.mark.parametrize("change, other", [("LATENT_REPLAY=False", "entropy"), ("KL=k1", "kl")])
