@@ -61,7 +61,7 @@ SUPERVISE = "all"  # all | letters: what the text loss sees; option letters alon
 # --- optimisation
 STEPS = 2500  # optimiser steps
 GLOBAL_BATCH = 8  # rows of one step over all devices (release)
-MICRO_BATCH = 8  # rows of one forward pass on one device; accumulation follows from it
+MICRO_BATCH = 4  # rows of one forward pass on one device; accumulation follows from it
 LR = 2e-3  # peak learning rate (release: 1e-5 for the 3B model)
 WARMUP = 100  # steps of linear warm-up, then linear decay to zero (release: 10)
 BETA2 = 0.95  # of AdamW: how much of the second moment each step keeps (release: 0.999)
