@@ -91,7 +91,7 @@ def dift_loss(logp, imagined, targets, n_text, n_latent, w_ce, w_sim):
     """
     ce = -logp.sum() / n_text
     sim = logp.new_zeros(())
-    if n_latent:
+    if n_latent and targets is not None:  # a micro-batch may have no imagery in a step that has some
         sim = (1 - F.cosine_similarity(imagined.float(), targets.float().detach(), dim=-1)).sum() / n_latent
     return w_ce * ce + w_sim * sim, ce, sim
 
@@ -183,7 +183,7 @@ if __name__ == "__main__":
         check(made.returncode == 0, f"generate_data.py could not make {DATA}; see above.")
     all_sum([0], device)  # all wait for it
     rows = read_rows(train_file)
-    test_rows = read_rows(test_file) if TEST_ROWS else []
+    test_rows = [row for row in read_rows(test_file) if row["key"] in row["options"]] if TEST_ROWS else []
 
     # model: from the newest checkpoint in OUT, or from MODEL
     done = sorted(Path(OUT).glob("step_*/config.json")) if RESUME == "auto" else []
@@ -217,7 +217,7 @@ if __name__ == "__main__":
         log.write_text("".join(line + "\n" for line in lines))
     retrieval = json.loads(lines[-1])["retrieval"] if lines else None
     count = sum(parameter.numel() for parameter in trained) / 1e6
-    say(f"dift: {parent} -> {OUT} | {train_file}, {len(rows)} rows | from step {start} | {world} x {device}")
+    say(f"{parent} -> {OUT} | {train_file}: {len(rows)} rows, {len(test_rows)} to score | {world} x {device}")
     say(f"torch {torch.__version__}, transformers {transformers.__version__}, {count:.2f} M trained weights")
     say(" ".join(f"{name}={value}" for name, value in constants.items()))
     say("first sample: [supervised], {imagery}\n", describe(narrow(encode_row(core, rows[0]), letters), core))

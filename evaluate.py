@@ -558,8 +558,11 @@ def write(path, text):
 
 
 def settings_of(model, rows, how):
-    """What the answers in one folder share: weights (a sum over the first of each), questions, how."""
-    weights = sum(weight.flatten()[0].item() for weight in model.net.parameters())
+    """What the answers in one folder share: weights (a sum over some of each, as bf16), questions, how.
+
+    FSDP on a GPU hands out bf16 copies of the weights, whose sum must be that of the checkpoint.
+    """
+    weights = sum(x.flatten()[:1000].bfloat16().double().sum().item() for x in model.net.parameters())
     questions = zlib.crc32("".join(row["text_input"] for row in rows).encode())
     same = how | {name: getattr(model.net.config, name) for name in ("prompt_suffix", "seconds_per_pair")}
     return {"weights": weights, "questions": questions} | {x: same[x] for x in same if x != "batch"}
@@ -571,7 +574,7 @@ def open_folder(out, settings, resume, rank):
     old = PLAIN | json.loads(file.read_text()) if resume and file.is_file() else {}
     for name in settings if old else ():
         told = f"{file}: the answers there are of {name}={old.get(name)!r}, this run has {settings[name]!r}"
-        check(old.get(name) == settings[name], f"{told}; set another OUT, or RESUME=False to answer again.")
+        check(old.get(name) == settings[name], f"{told}; set another OUT, or delete {out} to answer again.")
     done = {result["row"]: result for result in read_lines(out / "results.jsonl")} if old else {}
     if rank == 0:
         write(out / "results.jsonl", to_lines(done.values()))

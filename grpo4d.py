@@ -90,7 +90,7 @@ CHECKPOINTING = False  # activation checkpointing, with PREFIX=rows: less memory
 SEED = 0  # of the order of questions and of the samples
 
 kept_on_resume = "MODEL REFERENCE DATA LATENT_REPLAY GLOBAL_BATCH MU LR WARMUP WEIGHT_DECAY CLIP G MAX_NEW"
-kept_on_resume += " TEMPERATURE EPSILON BETA KL W_ACC W_FMT FORMAT_NEEDS_IMAGERY SEED"
+kept_on_resume += " FPS MAX_FRAMES TEMPERATURE EPSILON BETA KL W_ACC W_FMT FORMAT_NEEDS_IMAGERY SEED"
 sequences = ("ids", "is_text", "is_latent", "is_visual", "is_real", "positions")  # of a sample, T last
 
 
@@ -272,10 +272,9 @@ if __name__ == "__main__":
     check(core.K, f"{parent} has no latents (latent_size 0); give a checkpoint of dift.py with K > 0.")
     shapes = [{name: tuple(x.shape) for name, x in m.net.state_dict().items()} for m in (core, reference)]
     fine = shapes[0] == shapes[1] and core.K == reference.K and core.ids == reference.ids
-    eyes = [m.net.model.visual.state_dict().values() for m in (core, reference)]
+    eyes = (m.net.model.visual.parameters() for m in (core, reference))  # not kept: one of them goes
     fine = fine and all(torch.equal(a, b) for a, b in zip(*eyes))
-    told = f"REFERENCE={source} has another shape, vision, K or tokens than {parent}"
-    check(fine, f"{told}; give the policy's own start.")
+    check(fine, f"REFERENCE={source} differs from {parent} in shape, vision, K or tokens; give its start.")
     core.net.model.visual = reference.net.model.visual  # frozen in both: one copy, one pass
     if CHECKPOINTING:
         checkpoint_layers(core.net)
@@ -287,8 +286,8 @@ if __name__ == "__main__":
     if start:
         load_optimizer(parent, core, optimizer)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
-    scoring = {"how": {"max_new": MAX_NEW, "batch": TEST_BATCH}, "rank": rank, "world": world}
-    scoring["resume"] = RESUME == "auto"
+    scoring = {"how": {"max_new": MAX_NEW, "batch": TEST_BATCH, "fps": FPS, "max_frames": MAX_FRAMES}}
+    scoring |= {"rank": rank, "world": world, "resume": RESUME == "auto"}
 
     # log, and the scores before
     log = Path(OUT) / "log.jsonl"
@@ -310,6 +309,7 @@ if __name__ == "__main__":
             name: evaluate.evaluate(first, some, Path(OUT) / "before" / name, **scoring)
             for name, some in held_out.items()
         }
+    del first
 
     for step in range(start, STEPS):
         began = time.time()

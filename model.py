@@ -17,6 +17,7 @@ Differs from the paper:
 
 import ast
 import atexit
+import datetime
 import difflib
 import functools
 import json
@@ -77,7 +78,7 @@ def check(fine, sentence):
 def set_constants(namespace, argv=None):
     """Sets a script's UPPERCASE constants from KEY=value words; returns all of them as a dict.
 
-    A value has the type of the default (an int may stand for a float, a None default takes anything). Exits
+    A value has the type of the default (an int may stand for a float, a None default takes numbers). Exits
     with one sentence on a word that is not KEY=value, an unknown key (naming the nearest) or another type.
     """
     kinds = (str, int, float, tuple, list, type(None))
@@ -101,8 +102,10 @@ def parse_constant(key, text, default):
         value = text
     if (type(default), type(value)) in ((float, int), (tuple, list)):
         value = type(default)(value)
-    fine = default is None or type(value) is type(default)
-    check(fine, f"{key}={text} is not of type {type(default).__name__}, like the default {default!r}.")
+    kinds = (int, float, type(None)) if default is None else (type(default),)
+    told = " or ".join(kind.__name__ for kind in kinds)
+    check(type(value) in kinds, f"{key}={text} is not of type {told}, like the default {default!r}.")
+    check(not key.endswith("BATCH") or value > 0, f"{key}={text}: set it to 1 or more.")
     return value
 
 
@@ -111,13 +114,14 @@ def parse_constant(key, text, default):
 
 def init_distributed():
     """Joins the torchrun group if there is one -> (rank, world, device); nccl on CUDA, gloo on CPU."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world, gpus = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.device_count()
+    check(local < gpus or not gpus, f"--nproc_per_node is above the {gpus} GPUs here; set it to that.")
+    device = torch.device("cuda", local) if gpus else torch.device("cpu")
+    torch.cuda.set_device(local if gpus else -1)  # -1: none
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # nccl gives up after ten minutes: too soon for those that wait while rank 0 writes a large checkpoint
+        dist.init_process_group("nccl" if gpus else "gloo", timeout=datetime.timedelta(hours=3))
         # gloo's threads let go of tensors a moment after a collective; once Python is ending, that aborts it
         atexit.register(time.sleep, 0.5)
     return rank, world, device
@@ -186,8 +190,7 @@ def normalise_row(raw, where, folder):
     row = {"where": where, "text_input": raw["text_input"], "text_output": raw["text_output"]}
     row["id"], row["subtask"] = str(raw.get("id", where)), str(raw.get("subtask", "all"))
     for field in ("image_input", "image_output"):
-        fine = all(isinstance(name, str) for name in raw[field])
-        check(fine, f"{where}: '{field}' must hold paths, got {raw[field]}.")
+        check({*map(type, raw[field])} <= {str}, f"{where}: '{field}' must hold paths, got {raw[field]}.")
         row[field] = [find_file(name, folder, where) for name in raw[field]]
     frames, images = len(row["image_input"]), len(row["image_output"])
     times = raw.get("times") or list(range(frames))  # release: 1 frame a second

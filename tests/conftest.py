@@ -1,8 +1,12 @@
-"""Fixtures that more than one test file uses."""
+"""Fixtures that more than one test file uses, and no GPU: the tests compare fp32 numbers to 1e-5."""
 
-import pytest
-import torch
-from helpers import make_world
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is there
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from helpers import make_world  # noqa: E402
 
 
 @pytest.fixture(scope="session")

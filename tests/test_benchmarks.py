@@ -530,7 +530,7 @@ def test_sampling_is_a_function_of_seed_and_row(bench, monkeypatch):
     assert texts[0] != texts[1]
     for word in ("FPS=2.0", "SEED=2", "SECONDS_PER_PAIR=2.0", "SUFFIX=x", "TIMES_IN_PROMPT=True"):
         again = words(bench, bench / "hot1", *hot, word)
-        refused(lambda again=again: run_script(monkeypatch, "evaluate.py", *again), "RESUME=False")
+        refused(lambda again=again: run_script(monkeypatch, "evaluate.py", *again), "delete")
 
 
 def test_several_seeds_in_one_run(bench, monkeypatch, capsys):

@@ -46,8 +46,9 @@ def test_the_loss_by_hand():
     assert (ce.item(), sim.item(), loss.item()) == pytest.approx((1.0, 0.25, 0.1 + 0.5))
     loss, ce, sim = dift_loss(logp, imagined[:0], None, 6, 0, 0.1, 2.0)  # no imagery in the whole step
     assert (ce.item(), sim.item(), loss.item()) == pytest.approx((1.0, 0.0, 0.1))
-    loss, ce, sim = dift_loss(logp, imagined[:0], targets[:0], 6, 4, 0.1, 2.0)  # none in this micro-batch
-    assert (sim.item(), loss.item()) == pytest.approx((0.0, 0.1))
+    for none in (targets[:0], None):  # none in this micro-batch
+        loss, ce, sim = dift_loss(logp, imagined[:0], none, 6, 4, 0.1, 2.0)
+        assert (sim.item(), loss.item()) == pytest.approx((0.0, 0.1))
 
 
 def test_no_gradient_reaches_the_targets():
@@ -601,6 +602,21 @@ def test_bad_data_is_named_by_file_and_line(tiny, tmp_path, change, said):
     data = broken_data(tmp_path / "data", change)
     more = [f"DATA={data}", "GLOBAL_BATCH=8", "MICRO_BATCH=1"]
     refused(lambda: train(tiny, tmp_path / "run", *more), f"{data}/train_imagery.jsonl:6: ", said)
+
+
+def test_rows_without_imagery_and_without_a_key_are_trained_on(tiny, tmp_path, capsys):
+    """Every other row has text alone and a free answer: micro-batches of one row, whatever is in them."""
+    rows = write_data(tmp_path / "data")
+    for row in rows[::2]:
+        row |= {"text_output": "<think>I see it.</think>\n<answer>near</answer>", "image_output": []}
+    file = tmp_path / "data" / "mixed.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = []
+    for size in ("MICRO_BATCH=1", "MICRO_BATCH=8"):
+        runs.append(train(tiny, tmp_path / size, f"DATA={file}", "STEPS=2", "TEST_ROWS=9", size))
+    one, other = ([(entry["ce"], entry["sim"], entry["gnorm"]) for entry in log] for log, _ in runs)
+    assert all(mine == pytest.approx(theirs, rel=1e-4) and mine[1] > 0 for mine, theirs in zip(one, other))
+    assert f"{len(rows)} rows, {len(rows) // 2} to score |" in capsys.readouterr().out
 
 
 def test_a_missing_folder_is_made(tiny, tmp_path, monkeypatch):

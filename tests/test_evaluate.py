@@ -397,7 +397,7 @@ def test_results_of_other_settings_are_refused(world, faked, tmp_path):
     rows, model, _ = world
     evaluate.evaluate(model, rows, tmp_path)
     for how in ({"latents": "zero"}, {"video": "none"}, {"max_new": 9}, {"seed": 1}):
-        with pytest.raises(SystemExit, match=f"{next(iter(how))}=.*RESUME=False"):
+        with pytest.raises(SystemExit, match=f"{next(iter(how))}=.*delete {tmp_path}"):
             evaluate.evaluate(model, rows, tmp_path, how)
     with pytest.raises(SystemExit, match="questions="):
         evaluate.evaluate(model, rows[:-1], tmp_path)

@@ -981,7 +981,7 @@ def test_a_policy_without_imagery_is_one_sentence(world, tiny, tmp_path):
 def test_a_reference_of_another_shape_is_one_sentence(world, tmp_path, K, width):
     make_world(tmp_path, text={"intermediate_size": width})
     save_checkpoint(tmp_path / "odd", 1, load_model(tmp_path / "base", K=K, pooling="grid"), {})
-    said = (f"REFERENCE={tmp_path / 'odd' / 'step_000001'}", "another shape")
+    said = (f"REFERENCE={tmp_path / 'odd' / 'step_000001'}", "in shape")
     refused(lambda: train(world, tmp_path / "run", f"REFERENCE={tmp_path / 'odd'}"), *said)
 
 

@@ -22,7 +22,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import model as model_py
 from assets import faster
 from model import Images, checkpoint_layers, collate, encode_row, frame_sizes, generate, load_images
-from model import load_model
+from model import init_distributed, load_model
 from model import (
     load_optimizer,
     newest_checkpoint,
@@ -87,18 +87,28 @@ def test_constants_take_the_type_of_their_default():
     assert constants("MODEL=a=b")[0]["MODEL"] == "a=b"
     assert constants("MODEL=")[0]["MODEL"] == ""
     assert constants("PIXELS=None")[0]["PIXELS"] is None
-    assert constants("PIXELS=words")[0]["PIXELS"] == "words"
     assert constants()[0]["SIZES"] == (1, 2)
 
 
 @pytest.mark.parametrize(
     "word",
     ["STEPS=1.5", "STEPS=ten", "STEPS=True", "STEPS=", "STEPS=1e3", "LR=fast", "LR=True"]
-    + ["CACHE=1", "CACHE=yes", "SIZES=3", "SIZES=__import__('os')"],
+    + ["CACHE=1", "CACHE=yes", "SIZES=3", "SIZES=__import__('os')", "PIXELS=8*8", "PIXELS=words"],
 )
 def test_a_value_of_another_type_is_refused(word):
     name = word.split("=")[0]
     refused(lambda: constants(word), word, type(constants()[0][name]).__name__)
+
+
+@pytest.mark.parametrize("word", ["MICRO_BATCH=0", "MICRO_BATCH=-1"])
+def test_a_batch_of_nothing_is_refused(word):
+    refused(lambda: set_constants({"MICRO_BATCH": 4}, [word]), word, "1 or more")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    refused(init_distributed, "--nproc_per_node", "1 GPUs")
 
 
 @pytest.mark.parametrize("word, near", [("STEP=3", "STEPS"), ("steps=3", "STEPS"), ("PIXEL=1", "PIXELS")])
@@ -118,7 +128,7 @@ def test_only_constants_can_be_set(word):
 
 def test_parse_constant_reads_literals_only():
     assert parse_constant("X", "(1, 2)", (0, 0)) == (1, 2)
-    assert parse_constant("X", "open('x')", None) == "open('x')"
+    refused(lambda: parse_constant("X", "open('x')", None), "X=open('x')", "int or float")
 
 
 # ---------------------------------------------------------------- rows
