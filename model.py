@@ -93,7 +93,7 @@ def set_constants(namespace, argv=None):
 
 
 def parse_constant(key, text, default):
-    """One value from the command line, of the default's type: "8", 4 -> 8; exits on another, or a batch of nothing."""
+    """One value of the default's type: "8", 4 -> 8; exits on another type and on a batch of nothing."""
     if isinstance(default, str):
         return text
     try:
