@@ -79,7 +79,8 @@ def set_constants(namespace, argv=None):
     """Sets a script's UPPERCASE constants from KEY=value words; returns all of them as a dict.
 
     A value has the type of the default (an int may stand for a float, a None default takes numbers). Exits
-    with one sentence on a word that is not KEY=value, an unknown key (naming the nearest) or another type.
+    with one sentence on a word that is not KEY=value, an unknown key (naming the nearest), another type, or a
+    batch of nothing.
     """
     kinds = (str, int, float, tuple, list, type(None))
     names = [name for name, value in namespace.items() if name.isupper() and isinstance(value, kinds)]
@@ -89,11 +90,13 @@ def set_constants(namespace, argv=None):
         near = difflib.get_close_matches(key.upper(), names, n=1, cutoff=0)
         check(key in names, f"There is no constant {key}; the nearest is {near[0]}, they stand at the top.")
         namespace[key] = parse_constant(key, text, namespace[key])
+    for name in (name for name in names if name.endswith("BATCH")):  # edited ones too
+        check(namespace[name] > 0, f"{name}={namespace[name]}: set it to 1 or more.")
     return {name: namespace[name] for name in names}
 
 
 def parse_constant(key, text, default):
-    """One value of the default's type: "8", 4 -> 8; exits on another type and on a batch of nothing."""
+    """One value of the default's type: "8", 4 -> 8; exits if the type differs."""
     if isinstance(default, str):
         return text
     try:
@@ -102,10 +105,8 @@ def parse_constant(key, text, default):
         value = text
     if (type(default), type(value)) in ((float, int), (tuple, list)):
         value = type(default)(value)
-    kinds = (int, float, type(None)) if default is None else (type(default),)
-    told = " or ".join(kind.__name__ for kind in kinds)
-    check(type(value) in kinds, f"{key}={text} is not of type {told}, like the default {default!r}.")
-    check(not key.endswith("BATCH") or value > 0, f"{key}={text}: set it to 1 or more.")
+    kinds = ["int", "float", "NoneType"] if default is None else [type(default).__name__]
+    check(type(value).__name__ in kinds, f"{key}={text} is no {' or '.join(kinds)} (default {default!r}).")
     return value
 
 
@@ -641,7 +642,7 @@ class Thinker(nn.Module):
         """Reads left-padded prompts once, for `copies` answers to each, side by side: B = rows · copies.
 
         -> their cache, last hidden state (B, 1, D), is_real (B, T), largest position (B,), and the table of
-        words (V, D) as `embed` hands it on.
+        words (V, D) as `embed` hands it on. RuntimeError in training mode.
         """
         if self.training:
             raise RuntimeError("Call eval() first: activation checkpointing drops the cache and the imagery.")
@@ -713,7 +714,7 @@ def generate(model, samples, max_new, images=None, temperature=0.0, top_p=1.0, g
     `feed` (hidden (B, D), block (B,), k (B,), counted from 0) -> (B, D) replaces what is fed inside blocks
     (controls); it is called for all rows, those outside a block (k >= K) do not use it.
     A dict holds, over the new tokens with the end of turn: ids (latents recorded as latent_pad), is_latent,
-    is_sampled (lists), latents (n, D) as fed, text, cut (max_new came first).
+    is_sampled (lists), latents (n, D) as fed, text, cut (max_new came first). RuntimeError in training mode.
     """
     device, ids = model.banned.device, model.ids
     batch = (images or Images(model)).add(collate(samples, ids["pad"], "left"), device)

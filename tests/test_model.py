@@ -103,6 +103,8 @@ def test_a_value_of_another_type_is_refused(word):
 @pytest.mark.parametrize("word", ["MICRO_BATCH=0", "MICRO_BATCH=-1"])
 def test_a_batch_of_nothing_is_refused(word):
     refused(lambda: set_constants({"MICRO_BATCH": 4}, [word]), word, "1 or more")
+    name, value = word.split("=")
+    refused(lambda: set_constants({name: int(value)}, []), word, "1 or more")  # edited at the top
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
