@@ -22,24 +22,26 @@ Differs from the paper:
 - the format reward asks for imagery, the parser is strict (ours)
 """
 
-import contextlib
-import functools
-import json
 import random
 import re
-import shutil
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import transformers
 
 import evaluate
-from assets.fsdp import full, whole
-from model import Images, all_sum, check, checkpoint_layers, collate, encode_row, generate
-from model import init_distributed, load_model, load_optimizer, newest_checkpoint, parallelise, read_rows
-from model import rows_of_step, save_checkpoint, set_constants
+from lib.checkpoints import clear_run, linear_warmup_decay, load_optimizer, newest_checkpoint
+from lib.checkpoints import open_run, share_vision
+from lib.command_line import override_constants, require, require_choice
+from lib.distributed import all_reduce_sum, autocast, end_distributed, full_tensor, init_distributed
+from lib.distributed import no_sync, print0, whole_weights, wrap_parallel
+from lib.fast import checkpoint_layers
+from lib.log import add_sums, answer_sums, compare_table, is_due, padding_sums, print_header
+from lib.log import show_answer, to_means, weighted_terms
+from lib.rows import LATENT_BLOCK, read_rows, rows_of_step
+from lib.videos import attach_video_rows
+from model import Sample, VisionCache, collate, encode_row, generate, load_model
 
 # --- paths
 MODEL = "out/dift"  # run folder (its newest checkpoint is taken) or one checkpoint: where the policy starts
@@ -49,6 +51,7 @@ VIDEOS = ""  # folder of the videos of rows that have no frames; "": where the r
 HOLDOUT = "out/toy/rl_test.jsonl"  # compound questions scored before, during and after; "": none
 SINGLES = "out/toy/test_imagery.jsonl"  # single-motion questions, scored before and after; "": none
 OUT = "out/grpo4d"  # checkpoints, log, scores
+CACHE = "out/frames"  # folder for the frames of decoded videos; may be deleted
 # --- data
 FPS = 1.0  # frames a second of rows that name only a video (release)
 MAX_FRAMES = 50  # of such a video, evenly spaced where there are more (release)
@@ -74,8 +77,7 @@ TEMPERATURE = 1.0  # of the sampler and of the loss (release)
 EPSILON = 0.2  # the ratio is clipped to 1 - ε … 1 + ε (release)
 BETA = 0.04  # β, weight of the KL term (release: 0.01)
 KL = "k3"  # k3 (ours) | k1: logp - logp_ref, whose gradient on policy is zero on average (release)
-W_ACC = 1.0  # weight of the right letter in the reward, Eq. 9 (release)
-W_FMT = 0.2  # weight of the format (release)
+REWARD_WEIGHTS = {"acc": 1.0, "fmt": 0.2}  # of the parts of `reward`, Eq. 9 (release)
 FORMAT_NEEDS_IMAGERY = True  # the format reward asks for a latent block within <think>
 # --- logging
 LOG_EVERY = 1  # steps between printed lines, 0: the last alone; every step goes to the log file
@@ -87,32 +89,63 @@ RESUME = "auto"  # auto: go on from the newest checkpoint in OUT | never: start 
 CACHE_FEATURES = True  # keep vision features over steps; False: within a step only
 PARALLEL = "ddp"  # with torchrun. ddp: each device holds all | fsdp: weights and moments are cut up
 CHECKPOINTING = False  # activation checkpointing, with PREFIX=rows: less memory, more time, the same numbers
+FAST = True  # False: exactly the code of model.py, the same numbers
 SEED = 0  # of the order of questions and of the samples
 
-kept_on_resume = "MODEL REFERENCE DATA LATENT_REPLAY GLOBAL_BATCH MU LR WARMUP WEIGHT_DECAY CLIP G MAX_NEW"
-kept_on_resume += " FPS MAX_FRAMES TEMPERATURE EPSILON BETA KL W_ACC W_FMT FORMAT_NEEDS_IMAGERY SEED"
-sequences = ("ids", "is_text", "is_latent", "is_visual", "is_real", "positions")  # of a sample, T last
+# one step as a line of the log
+log_line = (
+    "step {step:5d}/{steps} | reward {reward:.3f} = {parts} | spread {spread:.0f}/{groups}"
+    " | length {length:.0f} | cut {cut:.2f} | imagery {blocks:.1f} | ratio {ratio:.3f} | clip {clip:.3f}"
+    " | kl {kl:.4f} | entropy {entropy:.3f} | loss {loss:.4f} | gnorm {gnorm:.2f} | lr {lr:.1e}"
+    " | {seconds:.1f} s | rollout {rollout:.2f}k tok/s | update {update:.2f}k tok/s"
+)
+# a run goes on only with the same values of these
+kept_on_resume = (
+    "MODEL REFERENCE DATA LATENT_REPLAY GLOBAL_BATCH MU LR WARMUP WEIGHT_DECAY CLIP G MAX_NEW "
+    "FPS MAX_FRAMES TEMPERATURE EPSILON BETA KL REWARD_WEIGHTS FORMAT_NEEDS_IMAGERY SEED"
+).split()
 
 
-def reward(row, made, needs_imagery):
-    """The parts of Eq. 9 for one answer -> (acc, fmt), each 0.0 or 1.0; replace it to reward something else.
+@dataclass
+class Group:
+    """One question of a step and its G answers."""
+
+    index: int  # of its row
+    prompt: Sample
+    completions: list = field(default_factory=list)  # G Completions
+    scores: list = field(default_factory=list)  # {part of the reward: value} of each
+
+
+# ---------------------------------------------------------------- the method
+
+
+def reward(row, completion, needs_imagery):
+    """Eq. 9: the parts of one answer's reward, by name, each 0.0 or 1.0; REWARD_WEIGHTS weighs them.
 
     acc: the strict parser finds the key. fmt: one <think> part with a whole latent block in it, then one
     <answer>, the end of turn, and nothing else.
     """
-    acc = evaluate.parse_answer(made["text"], "".join(row["options"])) == row["key"]
-    found = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>.*</answer>\s*<\|im_end\|>", made["text"], re.S)
-    once = all(made["text"].count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    block = r"<\|latent_start\|>(<\|latent_pad\|>)+<\|latent_end\|>"
-    imagery = found and re.search(block, found[1])
-    return float(acc), float(bool(found and once and (imagery or not needs_imagery)))
+    text = completion.text
+    letter = evaluate.parse_answer(text, "".join(row.options))
+
+    # one <think>, one <answer>, and imagery in the first
+    parts = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>.*</answer>\s*<\|im_end\|>", text, re.S)
+    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    has_format = parts is not None and all(text.count(tag) == 1 for tag in tags)
+    if has_format and needs_imagery:
+        blocks = LATENT_BLOCK.finditer(parts[1])
+        has_format = any(latents and end for latents, end in (block.groups() for block in blocks))
+    # another part is added here, with its weight in REWARD_WEIGHTS
+    return {"acc": float(letter == row.key), "fmt": float(has_format)}
 
 
 def advantages(rewards):
     """Eq. 9: A_i = (R_i - mean) / (std + 1e-4) in each group: (Q, G) -> (Q, G), exactly 0 without spread."""
-    spread = rewards - rewards.mean(dim=1, keepdim=True)
-    spread = spread.masked_fill((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0)
-    return spread / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    # rounding would leave a tiny deviation in a group of equal rewards, and the division make it large
+    deviation = rewards - rewards.mean(dim=1, keepdim=True)
+    all_alike = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (Q, 1)
+    deviation = deviation.masked_fill(all_alike, 0)
+    return deviation / (rewards.std(dim=1, keepdim=True) + 1e-4)
 
 
 def grpo_loss(logp, old, ref, advantage, answer, count, epsilon, beta, kl="k3"):
@@ -123,291 +156,299 @@ def grpo_loss(logp, old, ref, advantage, answer, count, epsilon, beta, kl="k3"):
     all devices, those with an empty T_i included. For T_0 of 2 tokens and T_1 of 1: answer [0, 0, 1].
     Latents have no log-probability, for a vector is not drawn from a distribution: no switch puts them here.
     """
+    # the gain of a token, no larger than with the ratio clipped
     ratio = (logp - old).exp()  # (n,) ρ
     A = advantage[answer]  # (n,)
-    lengths = torch.zeros_like(advantage).index_add_(0, answer, torch.ones_like(A))  # (B,) |T_i|
-    gain = torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    gain = torch.minimum(ratio * A, clipped * A)
+
+    # how far the policy is from the frozen model
     d = ref - logp
     divergence = d.exp() - d - 1 if kl == "k3" else -d  # (n,) KL_t
-    return -((gain - beta * divergence) / lengths[answer]).sum() / count, ratio, divergence
+
+    # the mean over the |T_i| tokens of each answer, then over all answers of the step
+    lengths = torch.zeros_like(advantage).index_add_(0, answer, torch.ones_like(A))  # (B,)
+    loss = -((gain - beta * divergence) / lengths[answer]).sum() / count
+    return loss, ratio, divergence
 
 
-def answer_sample(prompt, made):
-    """What generate made, as a sample that goes on where its prompt stops; is_text is T_i, empty if cut off.
+def answer_sample(prompt, completion):
+    """An answer as a Sample that goes on where its prompt stops; is_text is T_i, empty if truncated.
 
-    made         The  sky  <start>  .  .  <end>  turns  <im_end>
+    ids          The  sky  <start>  .  .  <end>  turns  <im_end>
     is_latent     0    0     0      1  1    0      0       0
     is_text       1    1     1      0  0    0      1       1
     """
-    n = len(made["ids"])
-    sample = {"ids": torch.tensor(made["ids"]), "is_latent": torch.tensor(made["is_latent"])}
-    sample["is_text"] = torch.tensor(made["is_sampled"]) & (not made["cut"])
-    sample |= {"is_visual": torch.zeros(n, dtype=torch.bool), "is_real": torch.ones(n, dtype=torch.bool)}
-    sample["positions"] = (prompt["positions"].max() + 1 + torch.arange(n)).expand(3, -1)  # (3, T)
-    return sample | {"video": (), "overlays": (), "where": prompt["where"]}
+    n = len(completion.ids)
+    is_sampled = torch.tensor(completion.is_sampled)
+    positions = prompt.positions.max() + 1 + torch.arange(n)
+    return Sample(
+        ids=torch.tensor(completion.ids),
+        positions=positions.expand(3, -1),
+        is_text=torch.zeros_like(is_sampled) if completion.truncated else is_sampled,
+        is_latent=torch.tensor(completion.is_latent),
+        is_visual=torch.zeros(n, dtype=torch.bool),
+        is_real=torch.ones(n, dtype=torch.bool),
+        source=prompt.source,
+    )
 
 
-def pack(model, images, prompts, groups, prefix, replay):
-    """G answers to each of some questions as one batch, and the latents (n, D) to be seen in them.
+def join_samples(prompt, answer):
+    """A prompt and an answer to it as one Sample."""
+    names = ("ids", "positions", "is_text", "is_latent", "is_visual", "is_real")
+    joined = {name: torch.cat([getattr(prompt, name), getattr(answer, name)], dim=-1) for name in names}
+    return Sample(**joined, video=prompt.video, source=prompt.source)
 
-    shared: rows are answers, batch["prompts"] is what they go on from. rows: prompt and answer in one.
+
+def pack(model, vision, groups, prefix, replay):
+    """G answers to each of some questions as one Batch, and the latents (n, D) to be seen in them.
+
+    shared: rows are answers, batch.prompts is what they go on from. rows: prompt and answer in one.
     """
+    # a row for each answer, and the latents in the order of the rows
     samples = []
-    for prompt, group in zip(prompts, groups):
-        for answer in (answer_sample(prompt, made) for made in group):
-            joined = {name: torch.cat([prompt[name], answer[name]], dim=-1) for name in sequences}
-            samples.append(answer if prefix == "shared" else prompt | joined)
-    pad, device = model.ids["pad"], model.banned.device
-    batch = images.add(collate(samples, pad), device)
+    latents = []
+    for group in groups:
+        for completion in group.completions:
+            answer = answer_sample(group.prompt, completion)
+            samples.append(answer if prefix == "shared" else join_samples(group.prompt, answer))
+            latents.append(completion.latents)
+    pad_id = model.token_id["pad"]
+    batch = vision.prepare(collate(samples, pad_id))
+    # padded on the left, so that all prompts end where the answers begin
     if prefix == "shared":
-        batch["prompts"] = images.add(collate(prompts, pad, "left"), device)
-    latents = torch.cat([made["latents"] for group in groups for made in group]).to(device)  # (n, D)
-    if not replay:  # release: the pitfall, as an ablation
-        pad = full(model.net.get_input_embeddings().weight.detach())[model.ids["latent_pad"]]  # (D,)
-        latents = pad.expand_as(latents)
+        prompts = [group.prompt for group in groups]
+        batch.prompts = vision.prepare(collate(prompts, pad_id, side="left"))
+
+    latents = torch.cat(latents).to(model.device)  # (n, D)
+    if not replay:
+        # release: pad embeddings where the latents were, as an ablation
+        weight = full_tensor(model.qwen.get_input_embeddings().weight.detach())
+        latents = weight[model.token_id["latent_pad"]].expand_as(latents)
     return batch, latents
 
 
-def answer_sums(scored, rewards, groups, batches):
-    """Sums for the log over answers: scored (Q, G, 2) nested, rewards (Q, G), groups of answers -> dict.
-
-    batches as `pack` made them; real: their tokens, prompts included, places: the same and padding.
-    """
-    answers = [made for group in groups for made in group]
-    acc, fmt = torch.tensor(scored).sum(dim=(0, 1)).tolist()
-    sums = {"reward": rewards.sum().item(), "acc": acc, "fmt": fmt}
-    sums["length"] = sum(len(made["ids"]) for made in answers)
-    sums["cut"] = sum(made["cut"] for made in answers)
-    sums["blocks"] = sum(made["text"].count("<|latent_start|>") for made in answers)
-    sums["spread"] = (rewards != rewards[:, :1]).any(dim=1).sum().item()
-    parts = [part["is_real"] for batch in batches for part in (batch, batch.get("prompts")) if part]
-    sums["real"] = sum(is_real.sum().item() for is_real in parts)
-    sums["places"] = sum(is_real.numel() for is_real in parts)
-    return sums
+# ---------------------------------------------------------------- a step's questions and answers
 
 
-@torch.no_grad()
-def token_sums(loss, logp, ratio, divergence, epsilon):
-    """Sums for the log over the tokens of all T_i -> (6,): loss, ratio, clipped, KL, -logp, count.
-
-    -logp of sampled tokens is an estimate of the entropy without a (n, V) tensor.
-    """
-    clipped = (ratio - 1).abs() > epsilon
-    sums = [loss, ratio.sum(), clipped.sum(), divergence.sum(), -logp.sum(), loss.new_tensor(len(logp))]
-    return torch.stack(sums).double()
-
-
-def dice(seed, step, question, number):
+def answer_generator(seed, step, question, number):
     """The random numbers of one answer, whatever the number of devices or the batch."""
     state = random.Random(f"{seed} {step} {question} {number}").getrandbits(60)
     return torch.Generator().manual_seed(state)
 
 
-def shown(row, made, parts, total):
-    """An answer as text, its imagery as {imagery}, with its reward."""
-    block = r"<\|latent_start\|>(<\|latent_pad\|>)*(<\|latent_end\|>)?"
-    text = re.sub(block, lambda block: f"{{imagery x {block[0].count('latent_pad')}}}", made["text"])
-    score = f"reward {total:.2f} (acc {parts[0]:g}, fmt {parts[1]:g})"
-    return f"--- {row['id']} | key {row['key']} | {score}{' | cut off' * made['cut']}\n{text.strip()}\n---"
+def draw_questions(policy, rows, step, c, rank, world):
+    """The questions of a step that are this process's -> [Group], by length so that little is padding."""
+    groups = []
+    for index in rows_of_step(step, len(rows), c.GLOBAL_BATCH, c.SEED):
+        groups.append(Group(index, encode_row(policy, rows[index], answer=False)))
+    groups.sort(key=lambda group: len(group.prompt.ids))
+    return groups[rank::world]
 
 
-def log_line(entry, steps, w_acc, w_fmt):
-    """One step as a line of the log."""
-    parts = ["step {step:5d}/{steps}"]
-    parts += ["reward {reward:.3f} = {w_acc:g} x acc {acc:.2f} + {w_fmt:g} x fmt {fmt:.2f}"]
-    parts += ["spread {spread:.0f}/{groups:.0f}", "length {length:.0f}", "cut {cut:.2f}"]
-    parts += ["imagery {blocks:.1f}", "ratio {ratio:.3f}", "clip {clip:.3f}", "kl {kl:.4f}"]
-    parts += ["entropy {entropy:.3f}", "loss {loss:.4f}", "gnorm {gnorm:.2f}", "lr {lr:.1e}"]
-    parts += ["{seconds:.1f} s", "rollout {rollout:.2f}k tok/s", "update {update:.2f}k tok/s"]
-    return " | ".join(parts).format(steps=steps, w_acc=w_acc, w_fmt=w_fmt, **entry)
+def sample_answers(policy, vision, groups, step, c):
+    """Fills in the completions: G answers to each question, sampled by the policy, imagery included."""
+    for start in range(0, len(groups), c.ROLLOUT_BATCH):
+        part = groups[start : start + c.ROLLOUT_BATCH]
+        prompts = [group.prompt for group in part]
+        generators = []
+        for group in part:
+            generators += [answer_generator(c.SEED, step, group.index, n) for n in range(c.G)]
+        answers = generate(policy, prompts, c.MAX_NEW, vision, c.TEMPERATURE, generators=generators)
+        for number, group in enumerate(part):
+            group.completions = answers[number * c.G : (number + 1) * c.G]
 
 
-def compare_table(before, after):
-    """Scores of two summaries by name -> lines "name  n  before %  after %  points", with 95 % intervals."""
-    lines = [f"{'':20}{'n':>6}{'before %':>24}{'after %':>24}{'points':>8}"]
-    for file in before:
-        for name, old in before[file]["scores"].items():
-            new = after[file]["scores"][name]
-            cells = [[100 * score[key] for key in ("accuracy", "low", "high")] for score in (old, new)]
-            texts = ["{:.1f} ({:.1f} - {:.1f})".format(*cell) for cell in cells]
-            title = f"{file}, all" if name == "micro" else name
-            points = cells[1][0] - cells[0][0]
-            lines.append(f"{title:20}{old['n']:6d}{texts[0]:>24}{texts[1]:>24}{points:+8.1f}")
-    return "\n".join(lines)
+def update_cost(group, c):
+    """Tokens that the update computes for a question: its prompt, once or G times, and padded answers."""
+    longest = max(len(completion.ids) for completion in group.completions)
+    reads = 1 if c.PREFIX == "shared" else c.G
+    return reads * len(group.prompt.ids) + c.G * longest
+
+
+def total_rewards(groups, weights):
+    """Eq. 9: R = Σ weight · part of each answer -> (Q, G); exits if the parts are not those weighed."""
+    totals = []
+    for group in groups:
+        for parts in group.scores:
+            names = f"reward() gives {', '.join(parts)}, REWARD_WEIGHTS has {', '.join(weights)}"
+            require(set(parts) == set(weights), f"{names}; give each part one weight.")
+        totals.append([sum(weights[name] * parts[name] for name in weights) for parts in group.scores])
+    return torch.tensor(totals)
+
+
+@torch.no_grad()
+def token_sums(loss, logp, ratio, divergence, epsilon):
+    """Sums over the tokens of all T_i for the log; -logp of sampled tokens estimates the entropy."""
+    return {
+        "loss": loss.double(),
+        "ratio": ratio.sum().double(),
+        "clip": ((ratio - 1).abs() > epsilon).sum(),
+        "kl": divergence.sum().double(),
+        "entropy": -logp.sum().double(),
+        "n_text": len(logp),
+    }
+
+
+# ---------------------------------------------------------------- set-up
+
+
+def check_constants(c, world):
+    """Ends the program with one sentence on constants that do not go together."""
+    require_choice("PREFIX", c.PREFIX, ("shared", "rows"))
+    require_choice("KL", c.KL, ("k3", "k1"))
+    require_choice("RESUME", c.RESUME, ("auto", "never"))
+    require_choice("PARALLEL", c.PARALLEL, ("ddp", "fsdp"))
+    require(c.G >= 2, f"G={c.G}: an advantage is relative to other answers; set G to 2 or more.")
+    varied = c.TEMPERATURE > 0
+    require(varied, f"TEMPERATURE={c.TEMPERATURE} makes all answers alike; set it above 0, such as 1.")
+    divides = c.GLOBAL_BATCH % world == 0
+    require(divides, f"GLOBAL_BATCH={c.GLOBAL_BATCH} is not a multiple of the {world} processes.")
+    has_cache = c.PREFIX == "rows" or not c.CHECKPOINTING
+    require(has_cache, "CHECKPOINTING=True drops all caches, which PREFIX=shared needs; set PREFIX=rows.")
+
+
+def score_files(model, held_out, out, scoring):
+    """Scores each file of held-out rows into a folder of its own -> {name: summary}."""
+    with whole_weights(model):
+        return {
+            name: evaluate.evaluate(model, rows, Path(out) / name, **scoring)
+            for name, rows in held_out.items()
+        }
 
 
 if __name__ == "__main__":
-    constants = set_constants(globals())
+    c = override_constants(globals())
     rank, world, device = init_distributed()
-    choices = {"PREFIX": "shared rows", "KL": "k3 k1", "RESUME": "auto never", "PARALLEL": "ddp fsdp"}
-    for name, known in choices.items():
-        check(constants[name] in known.split(), f"{name}={constants[name]} is none of: {known}.")
-    check(G >= 2, f"G={G}: an advantage is relative to other answers; set G to 2 or more.")
-    check(TEMPERATURE > 0, f"TEMPERATURE={TEMPERATURE} makes all answers one; set it above 0, such as 1.")
-    check(GLOBAL_BATCH % world == 0, f"GLOBAL_BATCH={GLOBAL_BATCH} is no multiple of the {world} processes.")
-    check(PREFIX == "rows" or not CHECKPOINTING, "CHECKPOINTING=True drops all caches; set PREFIX=rows.")
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *words, **how: None
+    check_constants(c, world)
 
     # data
-    frames = (VIDEOS, rank, world, FPS, MAX_FRAMES)
-    rows = evaluate.film(read_rows(DATA), *frames)
-    check(rows, f"DATA={DATA}: no row's video could be used; set VIDEOS to their folder.")
+    video_options = (c.VIDEOS, rank, world, c.CACHE, c.FPS, c.MAX_FRAMES)
+    rows = attach_video_rows(read_rows(c.DATA), *video_options)
+    require(rows, f"DATA={c.DATA}: no row's video could be used; set VIDEOS to their folder.")
     for row in rows:
-        check(row["key"] in row["options"], f"{row['where']}: no options with a key to reward by; drop it.")
-    asked = {"compound": HOLDOUT, "single": SINGLES} if HOLDOUT_ROWS else {}
-    held_out = {name: read_rows(file, HOLDOUT_ROWS) for name, file in asked.items() if file}
-    held_out = {name: evaluate.film(some, *frames) for name, some in held_out.items()}
+        has_key = row.key in row.options
+        require(has_key, f"{row.source}: there are no options with a key to reward by; drop the row.")
+    held_out = {}
+    for name, file in {"compound": c.HOLDOUT, "single": c.SINGLES}.items():
+        if file and c.HOLDOUT_ROWS:
+            held_out[name] = attach_video_rows(read_rows(file, c.HOLDOUT_ROWS), *video_options)
 
     # the policy, from the newest checkpoint in OUT or from MODEL, and the frozen reference
-    done = sorted(Path(OUT).glob("step_*/config.json")) if RESUME == "auto" else []
-    run = json.loads(done[-1].read_text())["run"] if done else {"step": 0, **constants}
-    for name in kept_on_resume.split():
-        same = run[name] == constants[name]
-        check(same, f"OUT={OUT} holds a run with {name}={run[name]}; set another OUT, or RESUME=never.")
-    start, begun = run["step"], run.get("start_path") or str(newest_checkpoint(MODEL))
-    source = run.get("reference_path") or (str(newest_checkpoint(REFERENCE)) if REFERENCE else begun)
-    came = {"start_path": begun, "reference_path": source}  # kept, for a run's folder may get a newer one
-    parent = done[-1].parent if done else begun
-    core, reference = load_model(parent, device), load_model(source, device).requires_grad_(False)
-    check(core.K, f"{parent} has no latents (latent_size 0); give a checkpoint of dift.py with K > 0.")
-    shapes = [{name: tuple(x.shape) for name, x in m.net.state_dict().items()} for m in (core, reference)]
-    fine = shapes[0] == shapes[1] and core.K == reference.K and core.ids == reference.ids
-    eyes = (m.net.model.visual.parameters() for m in (core, reference))  # not kept: one of them goes
-    fine = fine and all(torch.equal(a, b) for a, b in zip(*eyes))
-    check(fine, f"REFERENCE={source} differs from {parent} in shape, vision, K or tokens; give its start.")
-    core.net.model.visual = reference.net.model.visual  # frozen in both: one copy, one pass
-    if CHECKPOINTING:
-        checkpoint_layers(core.net)
-    model = parallelise(core, PARALLEL, device)
-    reference = parallelise(reference, PARALLEL, device) if PARALLEL == "fsdp" else reference
-    images = Images(core, cache=True)
-    trained = [parameter for parameter in core.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, LR, weight_decay=WEIGHT_DECAY, fused=True)
-    if start:
-        load_optimizer(parent, core, optimizer)
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
-    scoring = {"how": {"max_new": MAX_NEW, "batch": TEST_BATCH, "fps": FPS, "max_frames": MAX_FRAMES}}
-    scoring |= {"rank": rank, "world": world, "resume": RESUME == "auto"}
+    run = open_run(c.OUT, c.RESUME, vars(c), kept_on_resume, {"REWARD_WEIGHTS": {"acc": 1.0, "fmt": 0.2}})
+    begun = run.record.get("start_path") or str(newest_checkpoint(c.MODEL))
+    source = run.record.get("reference_path") or str(newest_checkpoint(c.REFERENCE or begun))
+    # kept, for the folder of another run may get a newer checkpoint
+    run.record.update(start_path=begun, reference_path=source)
+    parent = run.folder or begun
+    policy = load_model(parent, device, fast=c.FAST)
+    reference = load_model(source, device, fast=c.FAST).requires_grad_(False)
+    require(policy.K, f"{parent} has no latents (latent_size 0); choose a checkpoint of dift.py with K > 0.")
+    share_vision(policy, reference, parent, source)
+    if c.CHECKPOINTING:
+        checkpoint_layers(policy.qwen)
+    model = wrap_parallel(policy, c.PARALLEL, device)
+    if c.PARALLEL == "fsdp":
+        reference = wrap_parallel(reference, c.PARALLEL, device)
+    vision = VisionCache(policy)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, c.LR, weight_decay=c.WEIGHT_DECAY, fused=True)
+    if run.start:
+        load_optimizer(parent, policy, optimizer)
 
-    # log, and the scores before
-    log = Path(OUT) / "log.jsonl"
-    if rank == 0:
-        afresh = list(Path(OUT).glob("step_*")) if start == 0 else []
-        for old in [*afresh, *[Path(OUT) / "after"] * (start < STEPS)]:  # of another run; of fewer steps
-            shutil.rmtree(old, ignore_errors=True)
-        lines = log.read_text().splitlines()[:start] if start else []
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(line + "\n" for line in lines))
-    count = sum(parameter.numel() for parameter in trained) / 1e6
-    say(f"grpo4d: {parent} -> {OUT} | reference {source} | {DATA}, {len(rows)} rows | {world} x {device}")
-    say(f"torch {torch.__version__}, transformers {transformers.__version__}, {count:.2f} M trained weights")
-    say(" ".join(f"{name}={value}" for name, value in constants.items()))
-    say("first question:", rows[0]["text_input"], f"key: {rows[0]['key']}", sep="\n")
-    first = reference if source == begun else load_model(begun, device)  # where the policy started
-    with whole(first):
-        before = {
-            name: evaluate.evaluate(first, some, Path(OUT) / "before" / name, **scoring)
-            for name, some in held_out.items()
-        }
+    # log, and the scores before: of the model where the policy started
+    clear_run(run, unfinished=run.start < c.STEPS, results="after")
+    print0(f"grpo4d: {parent} -> {c.OUT} | reference {source} | {c.DATA}, {len(rows)} rows")
+    print_header(c, trained, world, device)
+    print0("first question:", rows[0].text_input, f"key: {rows[0].key}", sep="\n")
+    settings = evaluate.Settings(max_new=c.MAX_NEW, batch=c.TEST_BATCH, fps=c.FPS, max_frames=c.MAX_FRAMES)
+    scoring = {"settings": settings, "resume": c.RESUME == "auto", "rank": rank, "world": world}
+    first = reference if source == begun else load_model(begun, device, fast=c.FAST)
+    before = score_files(first, held_out, Path(c.OUT) / "before", scoring)
     del first
 
-    for step in range(start, STEPS):
+    for step in range(run.start, c.STEPS):
         began = time.time()
-        lr = LR * min((step + 1) / max(1, WARMUP), (STEPS - step) / max(1, STEPS - WARMUP))
+        lr = linear_warmup_decay(step, c.STEPS, c.WARMUP, c.LR)
         optimizer.param_groups[0]["lr"] = lr
-        if not CACHE_FEATURES:
-            images.kept.clear()
+        if not c.CACHE_FEATURES:
+            vision.clear()
 
-        # 1, 2: questions of this process, by length so that little is padding, G answers to each
-        model.eval()
-        drawn = rows_of_step(step, len(rows), GLOBAL_BATCH, SEED)
-        drawn = [(index, encode_row(core, rows[index], answer=False)) for index in drawn]
-        drawn = sorted(drawn, key=lambda one: len(one[1]["ids"]))[rank::world]
-        (mine, prompts), groups = zip(*drawn), []
-        with whole(core), autocast():
-            for at in range(0, len(mine), ROLLOUT_BATCH):
-                part = slice(at, at + ROLLOUT_BATCH)
-                dies = [dice(SEED, step, index, number) for index in mine[part] for number in range(G)]
-                made = generate(core, prompts[part], MAX_NEW, images, TEMPERATURE, generators=dies)
-                groups += [made[first : first + G] for first in range(0, len(made), G)]
-        rolled = time.time()
+        # 1, 2: questions, and G answers to each
+        policy.eval()
+        groups = draw_questions(policy, rows, step, c, rank, world)
+        with whole_weights(policy), autocast(device):
+            sample_answers(policy, vision, groups, step, c)
+        sampled = time.time()
 
-        # from here on questions that cost the update as much stand together, so that little is padding
-        reads = 1 if PREFIX == "shared" else G  # of a prompt
-        cost = [reads * len(p["ids"]) + G * max(len(m["ids"]) for m in g) for p, g in zip(prompts, groups)]
-        order = sorted(range(len(mine)), key=cost.__getitem__)
-        mine, prompts, groups = ([part[i] for i in order] for part in (mine, prompts, groups))
-
-        # 3, 4: rewards and advantages
-        scored = [[reward(rows[i], m, FORMAT_NEEDS_IMAGERY) for m in g] for i, g in zip(mine, groups)]
-        rewards = torch.tensor(scored) @ torch.tensor([W_ACC, W_FMT])  # (Q, G)
+        # 3, 4: rewards and advantages; questions that cost the update as much stand together from here on
+        groups.sort(key=lambda group: update_cost(group, c))
+        for group in groups:
+            row = rows[group.index]
+            group.scores = [reward(row, answer, c.FORMAT_NEEDS_IMAGERY) for answer in group.completions]
+        rewards = total_rewards(groups, c.REWARD_WEIGHTS)  # (Q, G)
         advantage = advantages(rewards).to(device)
 
-        # 5 to 7: MU updates on these answers; every process has as many questions, so as many passes
-        model.train(CHECKPOINTING)
-        kept, sums = {}, torch.zeros(6, dtype=torch.float64, device=device)
-        for _ in range(MU):
-            for at in range(0, len(mine), MICRO_BATCH):
-                part, last = slice(at, at + MICRO_BATCH), at + MICRO_BATCH >= len(mine)
-                with contextlib.nullcontext() if last or model is core else model.no_sync(), autocast():
-                    if at not in kept:
-                        batch, latents = pack(
-                            core, images, prompts[part], groups[part], PREFIX, LATENT_REPLAY
+        # 5: the answers again, with the very latents that were fed, under the frozen reference
+        policy.train(c.CHECKPOINTING)
+        batches = []
+        for start in range(0, len(groups), c.MICRO_BATCH):
+            part = slice(start, start + c.MICRO_BATCH)
+            batch, latents = pack(policy, vision, groups[part], c.PREFIX, c.LATENT_REPLAY)
+            with torch.no_grad(), autocast(device):
+                ref = reference(batch, latents, True, c.TEMPERATURE)[0]  # (n,)
+            batches.append((batch, latents, ref, advantage[part].flatten()))
+
+        # 6, 7: MU updates on them; every process has as many questions, so as many passes
+        sums = {**answer_sums(groups, rewards), **padding_sums(batch for batch, *_ in batches)}
+        first = {}  # log-probabilities before the first update, of each micro-batch
+        for _ in range(c.MU):
+            for number, (batch, latents, ref, A) in enumerate(batches):
+                with no_sync(model, skip=number + 1 < len(batches)):
+                    with autocast(device):
+                        logp = model(batch, latents, True, c.TEMPERATURE)[0]  # (n,)
+                        old = first.setdefault(number, logp.detach())
+                        answer = batch.text_at // batch.ids.shape[1]  # (n,)
+                        loss, ratio, divergence = grpo_loss(
+                            logp, old, ref, A, answer, c.GLOBAL_BATCH * c.G, c.EPSILON, c.BETA, c.KL
                         )
-                        with torch.no_grad():
-                            ref = reference(batch, latents, True, TEMPERATURE)[0]
-                        kept[at] = [batch, latents, ref, None]
-                    batch, latents, ref, old = kept[at]
-                    logp = model(batch, latents, True, TEMPERATURE)[0]  # (n,)
-                    old = kept[at][3] = logp.detach() if old is None else old
-                    answer = batch["text_at"] // batch["ids"].shape[1]  # (n,)
-                    given = (advantage[part].flatten(), answer, GLOBAL_BATCH * G, EPSILON, BETA, KL)
-                    loss, ratio, divergence = grpo_loss(logp, old, ref, *given)
-                    (loss * world).backward()  # of processes the mean is taken, Eq. 10 the sum
-                sums += token_sums(loss, logp, ratio, divergence, EPSILON).to(device)
-            gnorm = full(torch.nn.utils.clip_grad_norm_(core.parameters(), CLIP))
+                    (loss * world).backward()  # DDP takes the mean over processes, Eq. 10 the sum
+                add_sums(sums, token_sums(loss, logp, ratio, divergence, c.EPSILON))
+            gnorm = full_tensor(torch.nn.utils.clip_grad_norm_(policy.parameters(), c.CLIP))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        # the log of a step, and at times an answer, scores and a checkpoint
-        some = answer_sums(scored, rewards, groups, [batch for batch, *_ in kept.values()])
-        entry = {"step": step + 1, "groups": GLOBAL_BATCH} | dict(zip(some, all_sum(some.values(), device)))
-        entry |= {name: entry[name] / (GLOBAL_BATCH * G) for name in some if name != "spread"}
-        loss, *tokens, n_text = all_sum(sums.tolist(), device)
-        entry |= dict(zip(("ratio", "clip", "kl", "entropy"), (x / max(1, n_text) for x in tokens)))
-        entry |= {"loss": loss / MU, "gnorm": gnorm.item(), "lr": lr, "seconds": time.time() - began}
-        entry["padding"] = 1 - entry.pop("real") / entry.pop("places")  # of what the update reads
-        thousands = entry["length"] * GLOBAL_BATCH * G / 1e3  # positions of all answers, latents included
-        entry |= {"rollout": thousands / (rolled - began), "update": thousands * MU / (time.time() - rolled)}
-        if held_out.get("compound") and EVAL_EVERY and (step + 1) % EVAL_EVERY == 0:
-            core.eval()
-            with whole(core):
-                look = evaluate.evaluate(core, held_out["compound"], **scoring)
-            score = look["scores"]["micro"]
+        # log
+        entry = {"step": step + 1, **to_means(all_reduce_sum(sums, device), c)}
+        entry.update(gnorm=gnorm.item(), lr=lr, seconds=time.time() - began)
+        thousands = entry["length"] * c.GLOBAL_BATCH * c.G / 1e3  # positions of all answers, latents included
+        entry["rollout"] = thousands / (sampled - began)
+        entry["update"] = thousands * c.MU / (time.time() - sampled)
+        if held_out.get("compound") and c.EVAL_EVERY and (step + 1) % c.EVAL_EVERY == 0:
+            policy.eval()
+            with whole_weights(policy):
+                summary = evaluate.evaluate(policy, held_out["compound"], **scoring)
+            score = summary["scores"]["micro"]
             entry["holdout"] = score["accuracy"]
-            say(f"HOLDOUT after {step + 1} steps: {100 * score['accuracy']:.1f} % of {score['n']}")
-        if rank == 0:
-            with open(log, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-        if (LOG_EVERY and (step + 1) % LOG_EVERY == 0) or step + 1 == STEPS:
-            say(log_line(entry, STEPS, W_ACC, W_FMT))
-        if SAMPLE_EVERY and step % SAMPLE_EVERY == 0:
-            say(shown(rows[mine[0]], groups[0][0], scored[0][0], rewards[0][0]))
-        if (SAVE_EVERY and (step + 1) % SAVE_EVERY == 0) or step + 1 == STEPS:
-            save_checkpoint(OUT, step + 1, core, constants | came, optimizer)
+            print0(f"HOLDOUT after {step + 1} steps: {100 * score['accuracy']:.1f} % of {score['n']}")
+        run.write(entry)
+        if is_due(step, c.LOG_EVERY, c.STEPS):
+            parts = weighted_terms(entry, c.REWARD_WEIGHTS, c.REWARD_WEIGHTS, digits=2)
+            print0(log_line.format(**entry, steps=c.STEPS, parts=parts))
+        if c.SAMPLE_EVERY and step % c.SAMPLE_EVERY == 0:
+            print0(show_answer(rows[groups[0].index], groups[0], rewards[0, 0]))
+        if is_due(step, c.SAVE_EVERY, c.STEPS):
+            run.save(step + 1, policy, optimizer)
 
-    # scores after, beside those before; picture and report of the compound questions
-    core.eval()
-    with whole(core):
-        after = {
-            name: evaluate.evaluate(core, some, Path(OUT) / "after" / name, **scoring)
-            for name, some in held_out.items()
-        }
-        if rank == 0 and held_out:
-            print(compare_table(before, after))
-            for name, some in held_out.items():
-                out = Path(OUT) / "after" / name
-                evaluate.draw(core, some, out, log)
-                say(f"{out}/summary.json, {out}/picture.png, {out}/report.html")
-    if world > 1:
-        dist.destroy_process_group()
+    # scores after, beside those before; picture and report of each kind of question
+    policy.eval()
+    after = score_files(policy, held_out, Path(c.OUT) / "after", scoring)
+    if held_out:
+        with whole_weights(policy):
+            if rank == 0:
+                print(compare_table(before, after))
+                for name, some in held_out.items():
+                    out = Path(c.OUT) / "after" / name
+                    evaluate.draw(policy, some, out, run.log)
+                    print0(f"{out}/summary.json, {out}/picture.png, {out}/report.html")
+    end_distributed()

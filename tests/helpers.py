@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from make_tiny import make_network
-from model import load_model, newest_checkpoint
+from lib.checkpoints import newest_checkpoint
+from model import load_model
+from tools.make_tiny import make_network
 
 ROOT = Path(__file__).parent.parent
 SIZE = (56, 42)  # width, height: 4 x 3 merged tokens with patches of 7 and a merge of 2
@@ -103,7 +104,7 @@ def lively(folder, K=4, pooling="grid", **settings):
     model = load_model(folder / "base", K=K, pooling=pooling, **settings)
     generator = torch.Generator().manual_seed(10)
     with torch.no_grad():
-        for name, weight in model.net.named_parameters():
+        for name, weight in model.qwen.named_parameters():
             if weight.ndim > 1:
                 scale = (
                     0.5 if "embed_tokens" in name or "lm_head" in name else 1.5 * weight[0].numel() ** -0.5
@@ -133,10 +134,7 @@ def refused(call, *words):
 
 def one_thread():
     """The environment of a subprocess: one thread, and this folder's modules."""
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "assets"))),
-    }
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def two_processes(script, *words):

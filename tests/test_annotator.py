@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from helpers import refused
-from test_real_data import clips, generate, world  # noqa: F401
+from test_real_data import clips, constants, generate, shot_of, world  # noqa: F401
 
 import generate_data as gd
 
@@ -138,32 +138,31 @@ def test_a_refusal_ends_the_run_at_once(server, world, monkeypatch, tmp_path):  
     assert len(server.asked) <= 14  # clips; each attempt again would be four requests
 
 
-def test_a_clip_without_nameable_objects_is_skipped(server, world, monkeypatch, tmp_path, capsys):  # noqa: F811
+def test_a_clip_without_nameable_objects_is_skipped(server, tmp_path):
     """null in place of a name: nothing else is asked about this clip, and it is counted."""
     server.troubles = {"landmarks": [lambda text: '{"static_object": null, "dynamic_object": "a red ball"}']}
-    monkeypatch.setattr(gd, "OUT", str(tmp_path))
-    for name, value in {"BASE_URL": server.url, "MODEL": "stub", "ANNOTATOR": "api"}.items():
-        monkeypatch.setattr(gd, name, value)
-    clip = {"frames": np.zeros((12, 20, 30, 3), np.uint8)}
-    assert "annotator names" in str(gd.real_clip(clip, {}, tmp_path, 0)) and clip["moving"] == []
+    c = constants(BASE_URL=server.url, MODEL="stub", ANNOTATOR="api", OUT=str(tmp_path))
+    shot = shot_of(np.zeros((12, 20, 30, 3), np.uint8), {}, tmp_path)
+    clip, reasons = gd.real_clip(c, shot, gd.open_annotator(c))
+    assert "annotator names" in str(reasons) and clip.moving == []
     assert len(server.asked) == 1 and server.asked[0][1] == 10  # of twelve frames
     assert "agree: there is none\n" in server.asked[0][0]
     said = {"SceneSummary": "A yard {with} braces.", "SceneDescription": "Two dogs.", "SceneTags": ["x"]}
     (tmp_path / "caption.json").write_text(json.dumps(said | {"LLM": None}))
-    gd.real_clip({"frames": clip["frames"]}, {}, tmp_path, 0)
+    gd.real_clip(c, shot, gd.open_annotator(c))
     assert "agree: A yard {with} braces. Two dogs.\n" in server.asked[1][0]
 
 
-def test_frames_that_the_annotator_rejects_are_not_used(server, monkeypatch, tmp_path):
+def test_frames_that_the_annotator_rejects_are_not_used(server, tmp_path):
     """Eq. 2: of four overlays the second is not confirmed, so its mask is dropped."""
     bad = ['{"valid": [0, 4]}', '{"valid": [1.0]}']  # no such overlay, no number of one
     server.troubles = {
         "check": [*(lambda text, reply=reply: reply for reply in bad), lambda text: '{"valid": [0, 2, 3]}']
     }
-    for name, value in {"BASE_URL": server.url, "MODEL": "stub", "OUT": str(tmp_path)}.items():
-        monkeypatch.setattr(gd, name, value)
+    c = constants(BASE_URL=server.url, MODEL="stub", ANNOTATOR="api", OUT=str(tmp_path))
     masks = np.zeros((6, 20, 30), bool)
     masks[[0, 1, 3, 5], :9] = True
-    found = gd.confirm(np.zeros((6, 20, 30, 3), np.uint8), "red box", masks, range(6))
+    frames = np.zeros((6, 20, 30, 3), np.uint8)
+    found = gd.confirm(c, frames, "red box", masks, range(6), gd.open_annotator(c))
     assert found.tolist() == [True, False, False, True, False, True]
     assert [images for _, images, _ in server.asked] == [4, 4, 4]

@@ -1,31 +1,31 @@
-"""evaluate.py on benchmarks: small files of their shapes, videos, two rules, determinism, ASK, the page."""
+"""evaluate.py on benchmarks: small files of their shapes, videos, two rules, determinism, tools, the page."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, lively, one_thread, refused, run_script
-from measure_base import show
+from helpers import ROOT, lively, refused, run_script, two_processes
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import evaluate
-from assets import tables
-from model import load_model
+from evaluate import Settings, TrueLatents
+from lib import benchmarks, report, scores, tables, videos
+from lib.files import read_json, read_jsonl
+from model import Completion, load_model
 
 
 def make_video(path, seconds=3, fps=4, seed=0, size=(64, 48)):
     """An mp4 of random coarse frames at whole seconds, still in between."""
     av = pytest.importorskip("av")
-    from PIL import Image
-
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     with av.open(str(path), "w") as container:
@@ -116,36 +116,36 @@ def dyn_files(folder):
     (folder / "frames" / "davis" / "the_dog").mkdir(parents=True)
     for number in range(7):
         image = np.full((48, 64, 3), 30 * number, np.uint8)
-        evaluate.Image.fromarray(image).save(folder / f"frames/davis/the_dog/frame_{number:04d}.png")
+        Image.fromarray(image).save(folder / f"frames/davis/the_dog/frame_{number:04d}.png")
     return folder
 
 
 def test_dsr_options_answers_and_order(tmp_path):
-    rows = evaluate.read_bench("dsr", str(dsr_file(tmp_path)))
-    assert [row["key"] for row in rows] == ["A", "B", "C", "B", "D", "A"]
-    assert [row["subtask"] for row in rows][:3] == ["Abs Spd", "Abs Dis", "Non-Temp Based"]
-    assert rows[0]["text_input"] == (
+    rows = benchmarks.read_benchmark("dsr", str(dsr_file(tmp_path)))
+    assert [row.key for row in rows] == ["A", "B", "C", "B", "D", "A"]
+    assert [row.subtask for row in rows][:3] == ["Abs Spd", "Abs Dis", "Non-Temp Based"]
+    assert rows[0].text_input == (
         "Between 0.0s and 0.0s, how fast?\n\nA. (1) Becomes larger.\nB. (1) Becomes smaller. (2) Stays.\n"
         "C. Stays.\nD. None."
     )
-    assert rows[1]["options"] == rows[0]["options"] == rows[4]["options"]
-    assert rows[2]["options"] == {"A": "w", "B": "x", "C": "y", "D": "z"}
-    assert rows[3]["options"] == {"A": "up", "B": "down; then up", "C": "still"}
-    assert [row["video"] for row in rows][2:] == ["v_2.mp4", "v_3.mp4", "v_missing.mp4", "v_0.mp4"]
-    assert rows[5]["where"].endswith("benchmark.json:6")
-    assert evaluate.parse_options(np.array(["A. x", "B. y"])) == {"A": "x", "B": "y"}
-    assert evaluate.parse_options(list("uvwxyz")) == dict(zip("ABCDEF", "uvwxyz"))
-    assert evaluate.parse_options(np.array([1, 2])) == {"A": "1", "B": "2"}
-    assert evaluate.parse_options({"A": 1, "B": 2, "C": None}) == {
+    assert rows[1].options == rows[0].options == rows[4].options
+    assert rows[2].options == {"A": "w", "B": "x", "C": "y", "D": "z"}
+    assert rows[3].options == {"A": "up", "B": "down; then up", "C": "still"}
+    assert [row.video for row in rows][2:] == ["v_2.mp4", "v_3.mp4", "v_missing.mp4", "v_0.mp4"]
+    assert rows[5].source.endswith("benchmark.json:6")
+    assert benchmarks.parse_options(np.array(["A. x", "B. y"])) == {"A": "x", "B": "y"}
+    assert benchmarks.parse_options(list("uvwxyz")) == dict(zip("ABCDEF", "uvwxyz"))
+    assert benchmarks.parse_options(np.array([1, 2])) == {"A": "1", "B": "2"}
+    assert benchmarks.parse_options({"A": 1, "B": 2, "C": None}) == {
         "A": "1",
         "B": "2",
     }  # parquet's empty field
-    assert evaluate.parse_options("{'A': 'x', 'B': 2}") == {"A": "x", "B": "2"}
+    assert benchmarks.parse_options("{'A': 'x', 'B': 2}") == {"A": "x", "B": "2"}
     entries = list(json.loads((tmp_path / "benchmark.json").read_text()).values())
     lines = tmp_path / "benchmark.jsonl"
     lines.write_text("\n".join(json.dumps(entry) for entry in entries))
-    again = evaluate.read_bench("dsr", str(lines))
-    assert [row["text_input"] for row in again] == [row["text_input"] for row in rows]
+    again = benchmarks.read_benchmark("dsr", str(lines))
+    assert [row.text_input for row in again] == [row.text_input for row in rows]
 
 
 def test_dsr_mirror_as_a_table(tmp_path):
@@ -157,12 +157,12 @@ def test_dsr_mirror_as_a_table(tmp_path):
         writer.writerow("question options video task_type answer".split())
         writer.writerow(["How,\tfast?", json.dumps(options), "v_0.mp4", "abs_spd", "B"])
         writer.writerow(["Where to?", str(options), "v_1", "rel_dir", "C"])
-    rows = evaluate.read_bench("dsr", str(path))
-    assert [row["key"] for row in rows] == ["B", "C"]
-    assert [row["video"] for row in rows] == ["v_0.mp4", "v_1.mp4"]
-    assert [row["subtask"] for row in rows] == ["Abs Spd", "Rel Dir"]
-    assert rows[0]["options"] == rows[1]["options"] == {"A": "up; left", "B": "down", "C": "it's still"}
-    assert rows[0]["text_input"].startswith("How,\tfast?\n\nA. up; left\n")
+    rows = benchmarks.read_benchmark("dsr", str(path))
+    assert [row.key for row in rows] == ["B", "C"]
+    assert [row.video for row in rows] == ["v_0.mp4", "v_1.mp4"]
+    assert [row.subtask for row in rows] == ["Abs Spd", "Rel Dir"]
+    assert rows[0].options == rows[1].options == {"A": "up; left", "B": "down", "C": "it's still"}
+    assert rows[0].text_input.startswith("How,\tfast?\n\nA. up; left\n")
 
 
 def test_parquet_goes_through_pyarrow(tmp_path, monkeypatch):
@@ -173,26 +173,33 @@ def test_parquet_goes_through_pyarrow(tmp_path, monkeypatch):
     stand_in = type("Parquet", (), {"read_table": lambda self, path: table()})
     monkeypatch.setattr(tables, "find_spec", lambda name: True)
     monkeypatch.setattr(tables, "import_module", lambda name: stand_in())
-    assert [row["key"] for row in evaluate.read_bench("dsr", str(tmp_path))] == ["A", "B", "C", "B", "D", "A"]
+    assert [row.key for row in benchmarks.read_benchmark("dsr", str(tmp_path))] == [
+        "A",
+        "B",
+        "C",
+        "B",
+        "D",
+        "A",
+    ]
 
 
 def test_vlm4d_keys_paths_and_kinds(tmp_path):
-    rows = evaluate.read_bench("vlm4d", str(vlm4d_files(tmp_path)))
-    assert [row["key"] for row in rows] == ["B", "B", "AC", "D", "A", "A"]
+    rows = benchmarks.read_benchmark("vlm4d", str(vlm4d_files(tmp_path)))
+    assert [row.key for row in rows] == ["B", "B", "AC", "D", "A", "A"]
     kinds = ["Real Exo", "Real Ego", "Real Exo", "Synthetic FP", "Synthetic Dir", "Synthetic FP"]
-    assert [row["subtask"] for row in rows] == kinds
-    assert rows[1]["options"] == {"A": "1", "B": "2", "C": "3"}
-    assert rows[0]["video"] == "videos_real/davis/a.mp4"
-    assert rows[0]["id"] == rows[3]["id"] and rows[0]["where"] != rows[3]["where"]
+    assert [row.subtask for row in rows] == kinds
+    assert rows[1].options == {"A": "1", "B": "2", "C": "3"}
+    assert rows[0].video == "videos_real/davis/a.mp4"
+    assert rows[0].id == rows[3].id and rows[0].source != rows[3].source
 
 
 def test_dsi_options_and_versions(tmp_path):
-    rows = evaluate.read_bench("dsi", str(dsi_files(tmp_path)))
-    assert len(rows) == 12 and [row["told"]["twin"] for row in rows] == [1, 2, 3] * 4
-    assert rows[0]["options"] == {"A": 'Left; then "up"', "B": "Right, fast", "C": "Forward", "D": "Still"}
-    assert [row["key"] for row in rows[::3]] == list("ABCD")
-    assert rows[3]["video"] == "hflip/cam/a.mp4" and rows[3]["clip"] == rows[0]["clip"] == "cam/a.mp4"
-    assert rows[2]["subtask"] == "Cam:static scene"
+    rows = benchmarks.read_benchmark("dsi", str(dsi_files(tmp_path)))
+    assert len(rows) == 12 and [row.release_fields["twin"] for row in rows] == [1, 2, 3] * 4
+    assert rows[0].options == {"A": 'Left; then "up"', "B": "Right, fast", "C": "Forward", "D": "Still"}
+    assert [row.key for row in rows[::3]] == list("ABCD")
+    assert rows[3].video == "hflip/cam/a.mp4" and rows[3].clip == rows[0].clip == "cam/a.mp4"
+    assert rows[2].subtask == "Cam:static scene"
 
 
 def whole_dsi_file(folder, order, change=None):
@@ -218,13 +225,13 @@ def whole_dsi_file(folder, order, change=None):
 def test_dsi_in_one_file_equals_the_four(tmp_path, order):
     """Version by version or question by question, the groups and the videos are those of the four files."""
     path = whole_dsi_file(tmp_path, order)
-    rows, four = evaluate.read_bench("dsi", str(path)), evaluate.read_bench("dsi", str(tmp_path))
+    rows, four = benchmarks.read_benchmark("dsi", str(path)), benchmarks.read_benchmark("dsi", str(tmp_path))
 
     def facts(some):
-        return sorted((row["told"]["twin"], row["video"], row["key"], row["text_input"]) for row in some)
+        return sorted((row.release_fields["twin"], row.video, row.key, row.text_input) for row in some)
 
     assert len(rows) == 12 and facts(rows) == facts(four)
-    assert rows[0]["told"]["index"] == 0 and rows[-1]["where"].endswith("metadata_4aug.csv:12")
+    assert rows[0].release_fields["index"] == 0 and rows[-1].source.endswith("metadata_4aug.csv:12")
 
 
 def test_dsi_in_one_file_with_mixed_orders_or_without_versions_is_refused(tmp_path):
@@ -232,24 +239,26 @@ def test_dsi_in_one_file_with_mixed_orders_or_without_versions_is_refused(tmp_pa
         return rows[:3] + rows[3:6][::-1] + rows[6:]
 
     path = whole_dsi_file(tmp_path, lambda row: 0, mixed)
-    refused(lambda: evaluate.read_bench("dsi", str(path)), "4aug.csv:4:", "different orders", "four files")
+    refused(
+        lambda: benchmarks.read_benchmark("dsi", str(path)), "4aug.csv:4:", "different orders", "four files"
+    )
     path = whole_dsi_file(tmp_path, lambda row: 0, lambda rows: [row | {"aug": None} for row in rows])
-    rows = evaluate.read_bench("dsi", str(path))
-    assert rows[0]["video"] == "/cam/a.mp4"  # an empty folder: no video is there, and evaluate says so
+    rows = benchmarks.read_benchmark("dsi", str(path))
+    assert rows[0].video == "/cam/a.mp4"  # an empty folder: no video is there, and evaluate says so
 
 
 def test_dyn_scenes_and_frames(tmp_path):
-    rows = evaluate.read_bench("dyn", str(dyn_files(tmp_path)))
-    assert sorted(row["subtask"] for row in rows) == [
+    rows = benchmarks.read_benchmark("dyn", str(dyn_files(tmp_path)))
+    assert sorted(row.subtask for row in rows) == [
         "Camera-Object",
         "Inter-Object",
         "Inter-Object",
         "Object-Scene",
     ]
-    assert rows[0]["options"] == {"A": "near", "B": "far", "C": "left", "D": "right"}
-    evaluate.add_frames(rows, root=tmp_path / "frames", cache=tmp_path / "cache", fps=2.0, most=4)
-    assert rows[0]["times"] == [0.0, 1.0, 2.0, 3.0] and not rows[0]["lost"]
-    assert [path[-8:-4] for path in rows[0]["image_input"]] == ["0000", "0002", "0004", "0006"]
+    assert rows[0].options == {"A": "near", "B": "far", "C": "left", "D": "right"}
+    videos.attach_frames(rows, root=tmp_path / "frames", cache=tmp_path / "cache", fps=2.0, most=4)
+    assert rows[0].times == [0.0, 1.0, 2.0, 3.0] and not rows[0].skip_reason
+    assert [path[-8:-4] for path in rows[0].image_input] == ["0000", "0002", "0004", "0006"]
 
 
 # ---------------------------------------------------------------- two rules, and counts
@@ -277,9 +286,11 @@ def test_both_rules(text, strict, release):
 
 def judged(rows, texts):
     """Results of some answers' texts, as evaluate has them."""
-    made = {"ids": [0], "cut": False, "latents": torch.zeros(0, 8)}
-    results = [evaluate.judge(row, n, made | {"text": t}, 4) for n, (row, t) in enumerate(zip(rows, texts))]
-    return [result | {"imagery": []} for result in results]
+    results = []
+    for number, (row, text) in enumerate(zip(rows, texts)):
+        completion = Completion([0], [False], [True], torch.zeros(0, 8), truncated=False, text=text)
+        results.append(evaluate.score_answer(row, number, completion, 4))
+    return results
 
 
 def tagged(letters):
@@ -287,7 +298,7 @@ def tagged(letters):
 
 
 def test_dsr_counts(tmp_path):
-    rows = evaluate.read_bench("dsr", str(dsr_file(tmp_path)))
+    rows = benchmarks.read_benchmark("dsr", str(dsr_file(tmp_path)))
     texts = [*tagged("ABA"), "<think>Before", *tagged("D"), "So A"]
     summary = evaluate.summarise(judged(rows, texts))
     counted = {name: (s["n"], s["correct"], s["release"]) for name, s in summary["scores"].items()}
@@ -297,10 +308,10 @@ def test_dsr_counts(tmp_path):
     assert summary["macro"] == pytest.approx((1 + 1 / 3 + 1 + 0) / 4)
     assert summary["release_macro"] == pytest.approx(3 / 4) and summary["differ"] == pytest.approx(2 / 6)
     assert summary["no_answer"] == 2
-    result = judged(rows, texts)[3]
-    told = {"index": 3, "video_id": "v_3", "gt": "B", "pred": "B", "hit": 1, "subtask_type": "abs_spd"}
-    told |= {"raw": "<think>Before", "question": rows[3]["text_input"]}
-    assert {name: result[name] for name in told} == told
+    line = judged(rows, texts)[3].to_json()
+    fields = {"index": 3, "video_id": "v_3", "gt": "B", "pred": "B", "hit": 1, "subtask_type": "abs_spd"}
+    fields |= {"raw": "<think>Before", "question": rows[3].text_input}
+    assert {name: line[name] for name in fields} == fields
 
 
 RELEASE_FIELDS = (
@@ -311,14 +322,16 @@ RELEASE_FIELDS = (
 
 def test_dsr_summary_as_the_release_writes_it(tmp_path):
     """By the release's rule: "<think>Before" counts as B, the key, so 5 of 6; two more have no video."""
-    rows = evaluate.read_bench("dsr", str(dsr_file(tmp_path)))
+    rows = benchmarks.read_benchmark("dsr", str(dsr_file(tmp_path)))
     results = judged(rows, [*tagged("ABA"), "<think>Before", *tagged("D"), "So A"])
-    told = evaluate.release_summary(results, evaluate.summarise(results) | {"left_out": ["x", "y"]})
-    assert sorted(told) == sorted(RELEASE_FIELDS)
-    assert (told["total"], told["eval_count"], told["skipped"], told["correct"]) == (8, 6, 2, 5)
-    assert told["accuracy"] == pytest.approx(5 / 6)
-    assert told["subtask_macro_avg"] == pytest.approx((1 + 1 + 1 + 0) / 4)  # of the four that are not empty
-    order = told["subtask_columns_order"]
+    summary = scores.release_summary(results, evaluate.summarise(results) | {"left_out": ["x", "y"]})
+    assert sorted(summary) == sorted(RELEASE_FIELDS)
+    assert (summary["total"], summary["eval_count"], summary["skipped"], summary["correct"]) == (8, 6, 2, 5)
+    assert summary["accuracy"] == pytest.approx(5 / 6)
+    assert summary["subtask_macro_avg"] == pytest.approx(
+        (1 + 1 + 1 + 0) / 4
+    )  # of the four that are not empty
+    order = summary["subtask_columns_order"]
     assert (order[0], order[3], order[-2:], len(order)) == (
         "Abs Dis",
         "Abs Spd",
@@ -330,25 +343,25 @@ def test_dsr_summary_as_the_release_writes_it(tmp_path):
         ("correct", 0, {"Abs Dis": 1, "Abs Spd": 3, "Rel Dir": 1, "Non-Temp Based": 0}),
         ("total", 0, {"Abs Dis": 1, "Abs Spd": 3, "Rel Dir": 1, "Non-Temp Based": 1}),
     ):
-        assert told[f"subtask_{field}"] == {name: some.get(name, none) for name in order[:-1]}
+        assert summary[f"subtask_{field}"] == {name: some.get(name, none) for name in order[:-1]}
 
 
 def test_mean_and_spread_over_seeds(tmp_path, capsys):
     """Right answers 6, 5 and 3 of 6; in the second run one is a guess that only the release's rule sees."""
-    rows = evaluate.read_bench("dsr", str(dsr_file(tmp_path)))
-    said = [tagged("ABCBDA"), [*tagged("ABCBD"), "So A"], tagged("ABCAAB")]
+    rows = benchmarks.read_benchmark("dsr", str(dsr_file(tmp_path)))
+    answers = [tagged("ABCBDA"), [*tagged("ABCBD"), "So A"], tagged("ABCAAB")]
     more = [{"settings": {"seed": seed}, "left_out": ["one"]} for seed in (4, 5, 6)]
-    runs = [evaluate.summarise(judged(rows, texts)) | more[n] for n, texts in enumerate(said)]
+    runs = [evaluate.summarise(judged(rows, texts)) | more[n] for n, texts in enumerate(answers)]
     for n, retrieval in enumerate((0.5, None, 1.0)):  # the second run imagined nothing
         runs[n]["imagery"] |= {"retrieval": retrieval, "cosine": [] if retrieval is None else [retrieval] * 2}
-    summary = evaluate.over_seeds(runs)
+    summary = scores.average_over_seeds(runs)
     micro = summary["scores"]["micro"]
     assert (micro["n"], micro["correct"]) == (6, pytest.approx(14 / 3))
     assert micro["accuracy"] == pytest.approx((6 / 6 + 5 / 6 + 3 / 6) / 3)
     assert micro["accuracy_spread"] == pytest.approx(math.sqrt((4**2 + 1 + 5**2) / 2) / 18)  # 18ths off 14
     assert micro["release"] == pytest.approx((1 + 1 + 1 / 2) / 3)
     assert micro["release_spread"] == pytest.approx(math.sqrt(3 / 36))  # 1/6, 1/6 and -1/3 from 5/6
-    assert (micro["low"], micro["high"]) == evaluate.wilson(14 / 3, 6)
+    assert (micro["low"], micro["high"]) == scores.wilson_interval(14 / 3, 6)
     speed = summary["scores"]["Abs Spd"]  # 3, 2 and 1 of 3 questions
     assert (speed["n"], speed["accuracy"]) == (3, pytest.approx(2 / 3))
     macros = [1, (1 + 2 / 3 + 1 + 1) / 4, (1 + 1 / 3 + 0 + 1) / 4]
@@ -364,9 +377,9 @@ def test_mean_and_spread_over_seeds(tmp_path, capsys):
 
 
 def test_vlm4d_counts_either_of_two_equal_options(tmp_path):
-    rows = evaluate.read_bench("vlm4d", str(vlm4d_files(tmp_path)))
-    scores = evaluate.summarise(judged(rows, tagged("ABCDBA")))["scores"]
-    assert {name: (s["n"], s["correct"]) for name, s in scores.items()} == {
+    rows = benchmarks.read_benchmark("vlm4d", str(vlm4d_files(tmp_path)))
+    scored = evaluate.summarise(judged(rows, tagged("ABCDBA")))["scores"]
+    assert {name: (s["n"], s["correct"]) for name, s in scored.items()} == {
         "Real Ego": (1, 1),
         "Real Exo": (2, 1),
         "Synthetic Dir": (1, 0),
@@ -375,19 +388,19 @@ def test_vlm4d_counts_either_of_two_equal_options(tmp_path):
         "Synthetic": (3, 2),
         "micro": (6, 4),
     }
-    assert "Key: A. left or C. left" in evaluate.verdict(rows[2], judged(rows, tagged("ABCDBA"))[2])
+    assert "Key: A. left or C. left" in report.verdict(rows[2], judged(rows, tagged("ABCDBA"))[2])
 
 
 def test_dsi_counts_samples_and_groups(tmp_path):
-    rows = evaluate.read_bench("dsi", str(dsi_files(tmp_path)))
+    rows = benchmarks.read_benchmark("dsi", str(dsi_files(tmp_path)))
     wrong = {0, 1, 4}  # of question 1 one version, of question 2 two
-    texts = tagged("ABCD"["ABCD".index(row["key"]) - (n in wrong)] for n, row in enumerate(rows))
-    scores = evaluate.summarise(judged(rows, texts))["scores"]
-    assert (scores["micro"]["n"], scores["micro"]["correct"]) == (12, 9)
-    assert (scores["micro, 3 of 4"]["n"], scores["micro, 3 of 4"]["correct"]) == (3, 2)
-    assert scores["Obj:static cam, 3 of 4"]["correct"] == 1
-    assert scores["Obj:moving cam, 3 of 4"]["correct"] == 0
-    assert scores["micro, 3 of 4"]["chance"] == pytest.approx(4 * 0.25**3 * 0.75 + 0.25**4)
+    texts = tagged("ABCD"["ABCD".index(row.key) - (n in wrong)] for n, row in enumerate(rows))
+    scored = evaluate.summarise(judged(rows, texts))["scores"]
+    assert (scored["micro"]["n"], scored["micro"]["correct"]) == (12, 9)
+    assert (scored["micro, 3 of 4"]["n"], scored["micro, 3 of 4"]["correct"]) == (3, 2)
+    assert scored["Obj:static cam, 3 of 4"]["correct"] == 1
+    assert scored["Obj:moving cam, 3 of 4"]["correct"] == 0
+    assert scored["micro, 3 of 4"]["chance"] == pytest.approx(4 * 0.25**3 * 0.75 + 0.25**4)
     fewer = evaluate.summarise(judged(rows[:-1], texts[:-1]))["scores"]  # a version is missing: no group
     assert fewer["micro, 3 of 4"]["n"] == 2
 
@@ -398,36 +411,44 @@ def test_dsi_counts_samples_and_groups(tmp_path):
 def test_frames_have_their_true_times_and_are_decoded_once(tmp_path, monkeypatch):
     make_video(tmp_path / "a b/ü.mp4", seconds=5)
     make_video(tmp_path / "c/ü.mp4", seconds=5, seed=1)
-    how = {"root": tmp_path, "cache": tmp_path / "cache", "fps": 1.0}
-    frames, lost = evaluate.sample_frames("a b/ü.mp4", **how, most=50)
-    assert [time for _, time in frames] == [0, 1, 2, 3, 4] and lost == ""
-    other = evaluate.sample_frames("c/ü.mp4", **how, most=50)[0]
+
+    def frames_of(name, most=50):
+        return videos.frames_on_disk(tmp_path / name, tmp_path / "cache", 1.0, most)
+
+    frames, reason = frames_of("a b/ü.mp4")
+    assert [time for _, time in frames] == [0, 1, 2, 3, 4] and reason == ""
+    other = frames_of("c/ü.mp4")[0]
     assert not {path for path, _ in frames} & {path for path, _ in other}
-    assert [time for _, time in evaluate.sample_frames("c/ü.mp4", **how, most=3)[0]] == [0, 2, 4]
-    monkeypatch.setattr(evaluate, "decode", lambda *words: pytest.fail("decoded again"))
-    assert evaluate.sample_frames("a b/ü.mp4", **how, most=50) == (frames, "")
+    assert [time for _, time in frames_of("c/ü.mp4", most=3)[0]] == [0, 2, 4]
+    monkeypatch.setattr(videos, "decode_video", lambda *words: pytest.fail("decoded again"))
+    assert frames_of("a b/ü.mp4") == (frames, "")
 
 
 def test_times_stand_before_the_question_where_wanted(bench, monkeypatch):
     """What the model reads, in one run with and one without; what is not seen has no times."""
-    rows = evaluate.read_bench("dsr", str(bench / "benchmark.json"))
-    evaluate.add_frames(rows, root=bench / "videos", cache=bench / "cache", fps=1.0, most=50)
+    rows = benchmarks.read_benchmark("dsr", str(bench / "benchmark.json"))
+    videos.attach_frames(rows, root=bench / "videos", cache=bench / "cache", fps=1.0, most=50)
     prompts, encode_row = [], evaluate.encode_row
 
     def spy(model, row, answer):
-        prompts.append(row["text_input"])
+        prompts.append(row.text_input)
         return encode_row(model, row, answer)
 
     monkeypatch.setattr(evaluate, "encode_row", spy)
-    model, asked = load_model(bench / "model"), rows[1]["text_input"]
+    model, asked = load_model(bench / "model"), rows[1].text_input
     for timed in (False, True):
-        how = evaluate.PLAIN | {"max_new": 2, "times_in_prompt": timed}
-        evaluate.answer(model, rows, [1], how, lambda index: None)
+        settings = Settings(max_new=2, times_in_prompt=timed)
+        evaluate.answer(model, rows, [1], settings, TrueLatents(model, rows))
     assert prompts == [asked, f"The frames of the video were taken at 0.0, 1.0, 2.0 seconds.\n{asked}"]
-    assert evaluate.see(rows, 1, "none", 0, True)["text_input"] == asked
-    two = [rows[1], rows[0] | {"subtask": rows[1]["subtask"]}]
-    assert "taken at 0.0, 1.0 seconds" in evaluate.see(two, 0, "other", 0, True)["text_input"]
-    assert "taken at 0.0, 1.0, 2.0 seconds" in evaluate.see(rows, 1, "shuffled", 0, True)["text_input"]
+
+    def question(rows, index, video):
+        settings = Settings(video=video, times_in_prompt=True)
+        return evaluate.apply_video_control(rows, index, settings).text_input
+
+    assert question(rows, 1, "none") == asked
+    two = [rows[1], dataclasses.replace(rows[0], subtask=rows[1].subtask)]
+    assert "taken at 0.0, 1.0 seconds" in question(two, 0, "other")
+    assert "taken at 0.0, 1.0, 2.0 seconds" in question(rows, 1, "shuffled")
 
 
 def test_videos_that_cannot_be_used_are_named_and_leave_nothing(tmp_path):
@@ -436,12 +457,11 @@ def test_videos_that_cannot_be_used_are_named_and_leave_nothing(tmp_path):
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 20)
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:600])
     (tmp_path / "empty").mkdir()
-    for name in ("zero", "noise", "cut"):
-        frames, why = evaluate.sample_frames(f"{name}.mp4", tmp_path, tmp_path / "cache", 1.0, 50)
-        assert "cannot be decoded" in why and frames == []
-    for name, told in {"gone.mp4": "there is no", "empty": "frame_"}.items():
-        frames, why = evaluate.sample_frames(name, tmp_path, tmp_path / "cache", 1.0, 50)
-        assert told in why and frames == []
+    reasons = {name: "cannot be decoded" for name in ("zero.mp4", "noise.mp4", "cut.mp4")}
+    reasons |= {"gone.mp4": "there is no", "empty": "frame_"}
+    for name, expected in reasons.items():
+        frames, reason = videos.frames_on_disk(tmp_path / name, tmp_path / "cache", 1.0, 50)
+        assert expected in reason and frames == []
     assert not (tmp_path / "cache").exists()
 
 
@@ -456,28 +476,28 @@ def bench(tiny, tmp_path_factory):
     for number in range(4):
         make_video(folder / "videos" / f"v_{number}.mp4", seconds=2 + number, seed=number)
     model = lively(tiny)
-    model.net.save_pretrained(folder / "model")
-    model.tok.save_pretrained(folder / "model")
+    model.qwen.save_pretrained(folder / "model")
+    model.tokenizer.save_pretrained(folder / "model")
     return folder
 
 
 def words(bench, out, *more):
     """The command line of a run."""
-    made = [f"MODEL={bench / 'model'}", "BENCH=dsr", f"DATA={bench / 'benchmark.json'}"]
-    made += [f"VIDEOS={bench / 'videos'}", f"CACHE={bench / 'cache'}", f"OUT={out}", "MAX_NEW=10"]
-    return [*made, *more]
+    line = [f"MODEL={bench / 'model'}", "BENCH=dsr", f"DATA={bench / 'benchmark.json'}"]
+    line += [f"VIDEOS={bench / 'videos'}", f"CACHE={bench / 'cache'}", f"OUT={out}", "MAX_NEW=10"]
+    return [*line, *more]
 
 
 def lines(out):
-    return evaluate.read_lines(out / "results.jsonl")
+    return read_jsonl(out / "results.jsonl")
 
 
 def test_a_benchmark_from_the_command_line(bench, monkeypatch, capsys):
     out = bench / "whole"
     run_script(monkeypatch, "evaluate.py", *words(bench, out))
-    said = capsys.readouterr().out
-    assert re.search(r"micro +5 .*1 left out: no video", said)
-    summary = json.loads((out / "summary.json").read_text())
+    printed = capsys.readouterr().out
+    assert re.search(r"micro +5 .*1 left out: no video", printed)
+    summary = read_json(out / "summary.json")
     assert summary["left_out"] == [f"{bench}/benchmark.json:5: there is no {bench}/videos/v_missing.mp4"]
     assert [line["row"] for line in lines(out)] == [0, 1, 2, 3, 5]
     release = "index video_id video_path question gt pred answer raw hit subtask_type".split()
@@ -486,9 +506,9 @@ def test_a_benchmark_from_the_command_line(bench, monkeypatch, capsys):
     assert lines(out)[4]["raw"] == lines(out)[4]["text"]
     files = "picture.png report.html results.jsonl results_summary.json settings.json summary.json"
     assert sorted(path.name for path in out.iterdir()) == files.split()
-    told = json.loads((out / "results_summary.json").read_text())
-    assert (told["total"], told["eval_count"], told["skipped"]) == (6, 5, 1)
-    assert told["correct"] == sum(line["hit"] for line in lines(out))
+    of_release = read_json(out / "results_summary.json")
+    assert (of_release["total"], of_release["eval_count"], of_release["skipped"]) == (6, 5, 1)
+    assert of_release["correct"] == sum(line["hit"] for line in lines(out))
     page = (out / "report.html").read_text()
     assert "1 left out: no video" in page and page.count("<article") == 4  # all are wrong: half of SAMPLES
     assert not re.search(r"<script|(?:src|href)=[\"']?(?:https?:)?//", page)
@@ -513,11 +533,8 @@ def test_batches_processes_and_a_kill_change_no_answer(bench, monkeypatch):
     run_script(monkeypatch, "evaluate.py", *words(bench, bench / "one", "BATCH=1"))
     assert (bench / "one" / "results.jsonl").read_text() == whole
 
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     shutil.rmtree(bench / "cache")
-    run = [*two, ROOT / "evaluate.py", *words(bench, bench / "two", "BATCH=2", "SAMPLES=1")]
-    done = subprocess.run(run, env=one_thread(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    two_processes("evaluate.py", *words(bench, bench / "two", "BATCH=2", "SAMPLES=1"))
     same(lines(bench / "two"), lines(bench / "sixteen"))
 
 
@@ -536,7 +553,7 @@ def test_sampling_is_a_function_of_seed_and_row(bench, monkeypatch):
 def test_several_seeds_in_one_run(bench, monkeypatch, capsys):
     """Each seed's rows are those of a run of its own, and stay; OUT holds the mean and the page."""
     hot, out = ("TEMPERATURE=0.9", "TOP_P=0.9", "SAMPLES=1"), bench / "seeds"
-    run_script(monkeypatch, "evaluate.py", *words(bench, out, *hot, "SEED=3", "SEEDS=2"))
+    run_script(monkeypatch, "tools/seeds.py", *words(bench, out, *hot, "SEED=3", "RUNS=2"))
     assert sorted(path.name for path in out.iterdir()) == [
         "picture.png",
         "report.html",
@@ -546,24 +563,30 @@ def test_several_seeds_in_one_run(bench, monkeypatch, capsys):
     ]
     run_script(monkeypatch, "evaluate.py", *words(bench, bench / "four", *hot, "SEED=4"))
     assert lines(out / "seed_4") == lines(bench / "four") and lines(out / "seed_3") != lines(out / "seed_4")
-    runs = [json.loads((out / name / "summary.json").read_text()) for name in ("seed_3", "seed_4")]
-    summary = json.loads((out / "summary.json").read_text())
+    runs = [read_json(out / name / "summary.json") for name in ("seed_3", "seed_4")]
+    summary = read_json(out / "summary.json")
     assert summary["tokens"] == sum(run["tokens"] for run in runs) / 2 and summary["seeds"] == 2
-    assert summary == evaluate.over_seeds(runs)
+    assert summary == scores.average_over_seeds(runs)
     assert "± " in (out / "report.html").read_text()
 
     kept = {name: (out / name / "results.jsonl").read_text() for name in ("seed_3", "seed_4")}
     (out / "seed_4" / "results.jsonl").write_text(kept["seed_4"][:-20])  # killed in the second run
     (out / "summary.json").unlink()
     capsys.readouterr()
-    run_script(monkeypatch, "evaluate.py", *words(bench, out, *hot, "SEED=3", "SEEDS=2"))
-    said = capsys.readouterr().out
-    assert "seed_3: 5 answers are there already" in said and "seed_4: 4 answers are there already" in said
+    run_script(monkeypatch, "tools/seeds.py", *words(bench, out, *hot, "SEED=3", "RUNS=2"))
+    printed = capsys.readouterr().out
+    assert (
+        "seed_3: 5 answers are there already" in printed and "seed_4: 4 answers are there already" in printed
+    )
     assert {name: (out / name / "results.jsonl").read_text() for name in kept} == kept
-    assert json.loads((out / "summary.json").read_text()) == summary
-    for more in (("SEEDS=0",), ("SEEDS=3",), ("SEEDS=-1", "TEMPERATURE=0.7")):
+    assert read_json(out / "summary.json") == summary
+    for more, advice in {
+        ("RUNS=0",): "2 or more",
+        ("RUNS=-1", "TEMPERATURE=0.7"): "2 or more",
+        ("RUNS=3", "TEMPERATURE=0"): "TEMPERATURE",
+    }.items():
         again = words(bench, bench / "none", *more)
-        refused(lambda again=again: run_script(monkeypatch, "evaluate.py", *again), more[0], "TEMPERATURE")
+        refused(lambda again=again: run_script(monkeypatch, "tools/seeds.py", *again), more[0], advice)
 
 
 def test_controls_on_a_benchmark(bench, monkeypatch):
@@ -574,7 +597,7 @@ def test_controls_on_a_benchmark(bench, monkeypatch):
         data = dump(bench / f"{word}.json", [row for row in rows if row["type"] in kinds])
         more = [f"DATA={data}", word, "SAMPLES=1"]
         run_script(monkeypatch, "evaluate.py", *words(bench, out, *more))
-        assert json.loads((out / "settings.json").read_text())[word.split("=")[0].lower()]
+        assert read_json(out / "settings.json")[word.split("=")[0].lower()]
         assert len(lines(out)) == (3 if len(kinds) == 1 else 5)
     oracle = words(bench, bench / "oracle", "LATENTS=oracle")
     refused(lambda: run_script(monkeypatch, "evaluate.py", *oracle), "LATENTS=oracle", "overlays")
@@ -585,15 +608,15 @@ def test_the_other_benchmarks_run_with_their_controls(bench, monkeypatch, tmp_pa
     """From the files to summary.json; what a control changes is what it says, and no row is lost."""
     videos = {"vlm4d": tmp_path, "dsi": tmp_path / "videos", "dyn": tmp_path / "frames"}[kind]
     {"vlm4d": vlm4d_files, "dsi": dsi_files, "dyn": dyn_files}[kind](tmp_path)
-    rows = evaluate.read_bench(kind, str(tmp_path))
-    for seed, video in enumerate(sorted({row["video"] for row in rows} if kind != "dyn" else ())):
+    rows = benchmarks.read_benchmark(kind, str(tmp_path))
+    for seed, video in enumerate(sorted({row.video for row in rows} if kind != "dyn" else ())):
         make_video(videos / video, seconds=2, seed=seed)
     here = [f"BENCH={kind}", f"DATA={tmp_path}", f"VIDEOS={videos}", "MAX_NEW=6", "SAMPLES=1"]
     for control in ("", "VIDEO=none", "VIDEO=shuffled", "LATENTS=noise", "LATENTS=pad"):
         out = tmp_path / f"out_{control}"
         more = [f"OUT={out}", *filter(None, [control])]
         run_script(monkeypatch, "evaluate.py", *words(bench, out, *here, *more))
-        summary = json.loads((out / "summary.json").read_text())
+        summary = read_json(out / "summary.json")
         assert summary["scores"]["micro"]["n"] == len(rows) == len(lines(out)) and not summary["left_out"]
         assert "micro, 3 of 4" in summary["scores"] or kind != "dsi"
     assert not (out / "results_summary.json").exists()  # that is DSR-Bench's
@@ -601,18 +624,24 @@ def test_the_other_benchmarks_run_with_their_controls(bench, monkeypatch, tmp_pa
 
 def test_ask_one_question_about_one_video(bench, monkeypatch, capsys):
     out, video = bench / "asked", bench / "videos" / "v_1.mp4"
-    more = ["ASK=Where <to>?", f"VIDEO_FILE={video}", f"OUT={out}", "MAX_NEW=6", f"CACHE={bench / 'cache'}"]
-    run_script(monkeypatch, "evaluate.py", f"MODEL={bench / 'model'}", "OPTIONS=left|right|up", *more)
+    more = [
+        "QUESTION=Where <to>?",
+        f"VIDEO_FILE={video}",
+        f"OUT={out}",
+        "MAX_NEW=6",
+        f"CACHE={bench / 'cache'}",
+    ]
+    run_script(monkeypatch, "tools/ask.py", f"MODEL={bench / 'model'}", "OPTIONS=left|right|up", *more)
     assert "answered: " in capsys.readouterr().out
     page = (out / "report.html").read_text()
     assert "Where &lt;to&gt;?" in page and "C. up" in page and 'data-mark="asked"' in page
     assert page.count("<img") >= 1
-    run_script(monkeypatch, "evaluate.py", f"MODEL={bench / 'model'}", *more)  # an open question
+    run_script(monkeypatch, "tools/ask.py", f"MODEL={bench / 'model'}", *more)  # an open question
     gone = [f"MODEL={bench / 'model'}", *more, "VIDEO_FILE=gone.mp4"]
-    refused(lambda: run_script(monkeypatch, "evaluate.py", *gone), "gone.mp4")
+    refused(lambda: run_script(monkeypatch, "tools/ask.py", *gone), "gone.mp4")
     for options in ("left", "a|b|c|d|e|f|g"):
         wrong = [*gone, f"OPTIONS={options}"]
-        refused(lambda wrong=wrong: run_script(monkeypatch, "evaluate.py", *wrong), "OPTIONS=", "2 to 6")
+        refused(lambda wrong=wrong: run_script(monkeypatch, "tools/ask.py", *wrong), "OPTIONS=", "2 to 6")
 
 
 # ---------------------------------------------------------------- the authors' checkpoint, imitated
@@ -625,9 +654,9 @@ def test_a_checkpoint_of_the_release_is_scored(bench, tiny, monkeypatch):
     """
     folder = bench / "release"
     shutil.copytree(bench / "model", folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     model = load_model(folder)
-    rows = max(model.ids[name] for name in ("latent_pad", "latent_start", "latent_end")) + 1
+    rows = max(model.token_id[name] for name in ("latent_pad", "latent_start", "latent_end")) + 1
     renamed = {}
     for name, weight in load_file(folder / "model.safetensors").items():
         name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
@@ -644,11 +673,11 @@ def test_a_checkpoint_of_the_release_is_scored(bench, tiny, monkeypatch):
     suffix = (ROOT / "assets" / "suffix_release.txt").read_text()
     more = [f"MODEL={folder}", f"SUFFIX={suffix}", "SECONDS_PER_PAIR=2.0", "TEMPERATURE=0.7", "TOP_P=0.9"]
     run_script(monkeypatch, "evaluate.py", *words(bench, bench / "of_release", *more))
-    settings = json.loads((bench / "of_release" / "settings.json").read_text())
+    settings = read_json(bench / "of_release" / "settings.json")
     assert settings["prompt_suffix"].startswith("\nFirst, think") and settings["seconds_per_pair"] == 2.0
     loaded = load_model(folder)
-    assert loaded.K == 4 and loaded.net.config.latent_pooling == "strips"
-    assert loaded.net.get_input_embeddings().num_embeddings == rows
+    assert loaded.K == 4 and loaded.config.latent_pooling == "strips"
+    assert loaded.qwen.get_input_embeddings().num_embeddings == rows
     assert len(lines(bench / "of_release")) == 5
 
 
@@ -656,7 +685,7 @@ def test_a_checkpoint_of_the_release_is_scored(bench, tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, expected",
     [
         ({"type": "fast"}, ("fast", "BENCH=dsr")),
         ({"type": None}, ("no type",)),
@@ -672,29 +701,50 @@ def test_a_checkpoint_of_the_release_is_scored(bench, tiny, monkeypatch):
         ({"candidates": {"A": "x", "C": "y"}}, ("2 to 6 options",)),
     ],
 )
-def test_a_bad_row_is_one_sentence_with_file_and_row(tmp_path, change, told):
+def test_a_bad_row_is_one_sentence_with_file_and_row(tmp_path, change, expected):
     path = dsr_file(tmp_path, **change)
-    refused(lambda: evaluate.read_bench("dsr", str(path)), "benchmark.json:3:", *told)
+    refused(lambda: benchmarks.read_benchmark("dsr", str(path)), "benchmark.json:3:", *expected)
 
 
 def test_a_bad_file_is_one_sentence(tmp_path, monkeypatch):
     vlm4d_files(tmp_path), dsi_files(tmp_path)
     path = str(tmp_path / "QA" / "real_mc.json")
-    refused(lambda: evaluate.read_bench("dsr", path), "real_mc.json:1", "no type", "BENCH=dsr")
+    refused(lambda: benchmarks.read_benchmark("dsr", path), "real_mc.json:1", "no type", "BENCH=dsr")
     path = str(tmp_path / "metadatas" / "std.csv")
-    refused(lambda: evaluate.read_bench("vlm4d", path), "std.csv:1", "BENCH=vlm4d")
-    refused(lambda: evaluate.read_bench("dyn", path), "std.csv:1", "'std'")
-    refused(lambda: evaluate.read_bench("dsb", path), "BENCH=dsb", "dsr, dyn, vlm4d, dsi")
-    refused(lambda: evaluate.read_bench("dyn", str(tmp_path)), "holds no")
+    refused(lambda: benchmarks.read_benchmark("vlm4d", path), "std.csv:1", "BENCH=vlm4d")
+    refused(lambda: benchmarks.read_benchmark("dyn", path), "std.csv:1", "'std'")
+    refused(lambda: benchmarks.read_benchmark("dsb", path), "BENCH=dsb", "dsr, dyn, vlm4d, dsi")
+    refused(lambda: benchmarks.read_benchmark("dyn", str(tmp_path)), "holds no")
     dump(tmp_path / "train.json", {"v_0": [{"Type": "abs_dis"}]})
-    refused(lambda: evaluate.read_bench("dsr", str(tmp_path / "train.json")), "train.json:1", "no type")
+    refused(lambda: benchmarks.read_benchmark("dsr", str(tmp_path / "train.json")), "train.json:1", "no type")
     dump(tmp_path / "five.json", 5)
-    refused(lambda: evaluate.read_bench("dsr", str(tmp_path / "five.json")), "five.json", "no valid json")
+    refused(
+        lambda: benchmarks.read_benchmark("dsr", str(tmp_path / "five.json")), "five.json", "no valid json"
+    )
     (tmp_path / "benchmark.json").write_text('[{"type": ')
-    refused(lambda: evaluate.read_bench("dsr", str(tmp_path / "benchmark.json")), "no valid json")
+    refused(lambda: benchmarks.read_benchmark("dsr", str(tmp_path / "benchmark.json")), "no valid json")
     monkeypatch.setattr(tables, "find_spec", lambda name: None)
     (tmp_path / "benchmark.parquet").write_bytes(b"PAR1")
-    refused(lambda: evaluate.read_bench("dsr", str(tmp_path)), "pip install pyarrow")
+    refused(lambda: benchmarks.read_benchmark("dsr", str(tmp_path)), "pip install pyarrow")
+
+
+def test_a_benchmark_of_ones_own_is_a_function_and_an_entry(tmp_path, monkeypatch):
+    """Its subtasks and groups are counted in their order; a file of it needs nothing else."""
+    mine = benchmarks.Benchmark(
+        entry=lambda raw, path: (raw["kind"], f"clips/{raw['video']}.mkv"),
+        files=("mine.json",),
+        subtasks={"b": "Second", "a": "First"},
+        groups={"Both": ("First", "Second")},
+    )
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "mine", mine)
+    entry = {"question": "Where?", "choices": ["here", "there"], "GT": "there"}
+    dump(tmp_path / "mine.json", [entry | {"kind": kind, "video": kind} for kind in "aab"])
+    rows = benchmarks.read_benchmark("mine", str(tmp_path), "root")
+    assert [row.video for row in rows] == ["clips/a.mkv", "clips/a.mkv", "clips/b.mkv"]
+    assert rows[2].release_fields["video_path"] == "root/clips/b.mkv"
+    summary = evaluate.summarise(judged(rows, tagged("BAB")))
+    assert list(summary["scores"]) == ["Second", "First", "Both", "micro"]
+    assert summary["scores"]["Both"]["correct"] == 2
 
 
 def test_no_video_at_all_and_a_checkpoint_of_another_kind(bench, tmp_path, monkeypatch):
@@ -706,11 +756,13 @@ def test_no_video_at_all_and_a_checkpoint_of_another_kind(bench, tmp_path, monke
         refused(lambda other=other: run_script(monkeypatch, "evaluate.py", *other), kind, "Qwen2.5-VL")
 
 
-def test_a_kind_that_is_missing_is_said_by_the_measure_of_the_base(capsys):
+def test_a_kind_that_is_missing_is_named_by_the_measure_of_the_base(capsys):
+    from tools.measure_base import show
+
     show("x words", 0, 0)
     show("y words", 3, 4)
-    said = capsys.readouterr().out.splitlines()
-    assert "none" in said[0] and "75.0 % of     4" in said[1]
+    printed = capsys.readouterr().out.splitlines()
+    assert "none" in printed[0] and "75.0 % of     4" in printed[1]
 
 
 # ---------------------------------------------------------------- the page in a browser
@@ -729,8 +781,8 @@ onload = () => {
     page.querySelector(`[name=${input.name}][value=all]`).click();
   }
   const style = getComputedStyle(page.body), wide = page.documentElement.scrollWidth;
-  const told = {wide, cut: cut.length, seen, ink: style.color, ground: style.backgroundColor};
-  document.title = JSON.stringify(told);
+  const facts = {wide, cut: cut.length, seen, ink: style.color, ground: style.backgroundColor};
+  document.title = JSON.stringify(facts);
 };
 </script>"""
 
@@ -746,13 +798,13 @@ def look(folder, width, *flags):
     run = [browser, *flags, f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=20000"]
     run += ["--dump-dom", (folder / "look.html").as_uri()]
     env = os.environ | {"HOME": str(folder)}
-    said = subprocess.run(run, env=env, capture_output=True, text=True, timeout=240, check=True).stdout
-    return json.loads(re.search("<title>(.*?)</title>", said)[1].replace("&quot;", '"'))
+    dom = subprocess.run(run, env=env, capture_output=True, text=True, timeout=240, check=True).stdout
+    return json.loads(re.search("<title>(.*?)</title>", dom)[1].replace("&quot;", '"'))
 
 
 def test_the_page_in_a_browser(bench, monkeypatch, tmp_path):
     """At a phone's width nothing is cut off or scrolls sideways, the filters filter, dark mode is dark."""
-    run_script(monkeypatch, "evaluate.py", *words(bench, tmp_path / "page", "TEMPERATURE=0.9", "SEEDS=2"))
+    run_script(monkeypatch, "tools/seeds.py", *words(bench, tmp_path / "page", "TEMPERATURE=0.9", "RUNS=2"))
     page = tmp_path / "page"
     text = (page / "report.html").read_text()
     marks = re.findall(r'<article class="card" data-mark="(\w+)" data-subtask="([^"]+)"', text)

@@ -1,25 +1,25 @@
 """evaluate.py: parser, counts, controls, retrieval, resume, picture, report; one test really generates."""
 
+import dataclasses
+import importlib
 import json
 import math
-import os
 import re
-import runpy
-import subprocess
-import sys
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-import bench
 import evaluate
-from make_tiny import make_network
-from model import load_model, read_rows
-
-ROOT = Path(__file__).parent.parent
+from evaluate import Settings, TrueLatents
+from helpers import ROOT, refused, run_script, two_processes
+from lib import report, scores
+from lib.files import read_json, read_jsonl
+from lib.rows import read_rows
+from lib.scores import Result
+from model import Completion, load_model
+from tools.make_tiny import make_network
 
 
 # ---------------------------------------------------------------- a small world: 6 clips, 12 questions
@@ -66,8 +66,8 @@ def world(tmp_path_factory):
     path = make_rows(folder / "data")
     make_network(folder / "base", folder / "data")
     model = load_model(folder / "base", K=4, pooling="grid")
-    model.net.save_pretrained(folder / "model")
-    model.tok.save_pretrained(folder / "model")
+    model.qwen.save_pretrained(folder / "model")
+    model.tokenizer.save_pretrained(folder / "model")
     return read_rows(path), model, folder
 
 
@@ -75,18 +75,18 @@ def number_of(text):
     return zlib.crc32(text.encode())
 
 
-def spoken(letter, blocks, K=4):
+def answer_text(letter, blocks, K=4):
     """An answer as generate decodes it."""
     block = "<|latent_start|>" + "<|latent_pad|>" * K + "<|latent_end|>"
     return f"<think>I <look> {block * blocks} so</think>\n<answer>{letter}. x</answer><|im_end|>"
 
 
-def fake_generate(model, samples, max_new, images, temperature, top_p, generators, feed):
+def fake_generate(model, samples, max_new, vision, temperature, top_p, generators, feed):
     """Two blocks a row; hidden states and the letter depend on the question alone, never on batch-mates."""
     fed = []
     for block in range(2):
         for k in range(model.K):
-            seeds = [number_of(f"{sample['where']} {block} {k}") for sample in samples]
+            seeds = [number_of(f"{sample.source} {block} {k}") for sample in samples]
             hidden = torch.stack(
                 [torch.randn(128, generator=torch.Generator().manual_seed(s)) for s in seeds]
             )
@@ -94,9 +94,10 @@ def fake_generate(model, samples, max_new, images, temperature, top_p, generator
             fed.append(hidden if feed is None else feed(hidden, *places))
     answers = []
     for row, sample in enumerate(samples):
-        letter = "AB"[number_of(sample["where"].split(":")[-1]) % 2]
-        answer = {"ids": [0] * 20, "cut": False, "text": spoken(letter, 2)}
-        answers.append(answer | {"latents": torch.stack([step[row] for step in fed])})
+        letter = "AB"[number_of(sample.source.split(":")[-1]) % 2]
+        latents = torch.stack([step[row] for step in fed])
+        answer = Completion([0] * 20, [], [], latents, truncated=False, text=answer_text(letter, 2))
+        answers.append(answer)
     return answers
 
 
@@ -106,7 +107,7 @@ def faked(monkeypatch):
     calls = []
 
     def counted(model, samples, *args, **kwargs):
-        calls.append([sample["where"] for sample in samples])
+        calls.append([sample.source for sample in samples])
         return fake_generate(model, samples, *args, **kwargs)
 
     monkeypatch.setattr(evaluate, "generate", counted)
@@ -166,17 +167,19 @@ def test_parser_knows_the_letters_of_the_question():
 
 
 def test_wilson_interval_of_known_counts():
-    assert evaluate.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert evaluate.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert evaluate.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert evaluate.wilson(425, 500) == pytest.approx((0.8161, 0.8786), abs=1e-4)
-    assert evaluate.wilson(0, 0) == (0.0, 1.0)
+    assert scores.wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert scores.wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert scores.wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert scores.wilson_interval(425, 500) == pytest.approx((0.8161, 0.8786), abs=1e-4)
+    assert scores.wilson_interval(0, 0) == (0.0, 1.0)
 
 
 def result(subtask, answer, options=4, **more):
-    one = {"subtask": subtask, "answer": answer, "key": "A", "correct": answer == "A", "options": options}
-    one |= {"pred": answer or "A", "hit": int((answer or "A") == "A")}
-    return one | {"cut": False, "blocks": 2, "tokens": 30, "imagery": []} | more
+    pred = answer or "A"
+    values = {"row": 0, "source": "", "id": "", "subtask": subtask, "options": options, "key": "A"}
+    values |= {"answer": answer, "correct": answer == "A", "pred": pred, "hit": int(pred == "A")}
+    values |= {"truncated": False, "blocks": 2, "tokens": 30, "text": ""}
+    return Result(**values | more)
 
 
 def test_summary_equals_a_hand_count():
@@ -184,10 +187,10 @@ def test_summary_equals_a_hand_count():
     other = {"retrieval": False, "chance": 0.5, "cosine": [0.3, 0.3]}
     results = [result("camera_single", "A", imagery=[block]), result("camera_single", "B", imagery=[other])]
     results += [result("camera_pair", "A"), result("camera_pair", "A"), result("camera_pair", "A", blocks=3)]
-    results += [result("speed", None, 2, cut=True, blocks=0, tokens=90)]
+    results += [result("speed", None, 2, truncated=True, blocks=0, tokens=90)]
     summary = evaluate.summarise(results)
-    scores = summary["scores"]
-    assert {name: (s["n"], s["correct"]) for name, s in scores.items()} == {
+    scored = summary["scores"]
+    assert {name: (s["n"], s["correct"]) for name, s in scored.items()} == {
         "camera_pair": (3, 3),
         "camera_single": (2, 1),
         "speed": (1, 0),
@@ -195,11 +198,11 @@ def test_summary_equals_a_hand_count():
         "micro": (6, 4),
     }
     assert summary["macro"] == pytest.approx((1 + 0.5 + 0) / 3)
-    assert scores["micro"]["accuracy"] == pytest.approx(4 / 6)
-    assert scores["micro"]["chance"] == pytest.approx((5 * 0.25 + 0.5) / 6)
-    assert (scores["micro"]["low"], scores["micro"]["high"]) == evaluate.wilson(4, 6)
+    assert scored["micro"]["accuracy"] == pytest.approx(4 / 6)
+    assert scored["micro"]["chance"] == pytest.approx((5 * 0.25 + 0.5) / 6)
+    assert (scored["micro"]["low"], scored["micro"]["high"]) == scores.wilson_interval(4, 6)
     assert (summary["no_answer"], summary["cut"]) == (1, 1)
-    assert scores["micro"]["release"] == pytest.approx(5 / 6)  # its rule guesses A where there is no answer
+    assert scored["micro"]["release"] == pytest.approx(5 / 6)  # its rule guesses A where there is no answer
     assert summary["release_macro"] == pytest.approx((1 + 0.5 + 1) / 3)
     assert summary["differ"] == pytest.approx(1 / 6)
     assert summary["blocks"] == pytest.approx(11 / 6)
@@ -208,42 +211,46 @@ def test_summary_equals_a_hand_count():
     assert (imagery["retrieval"], imagery["compared"]) == (0.5, 2)
     assert imagery["chance"] == pytest.approx(0.375)
     assert imagery["cosine"] == pytest.approx([0.4, 0.2])
-    assert scores["camera_single"]["retrieval"] == 0.5
-    assert scores["speed"]["retrieval"] is None
+    assert scored["camera_single"]["retrieval"] == 0.5
+    assert scored["speed"]["retrieval"] is None
     json.dumps(summary, allow_nan=False)
 
 
 # ---------------------------------------------------------------- controls
 
 
+def show(rows, index, video, seed=0):
+    return evaluate.apply_video_control(rows, index, Settings(video=video, seed=seed))
+
+
 def test_other_shows_another_clip_and_always_the_same_one(world):
     rows = world[0]
     for index, row in enumerate(rows):
-        seen = evaluate.see(rows, index, "other", seed=0)
-        assert seen["image_input"] != row["image_input"]
-        assert seen["image_output"] == row["image_output"] and seen["text_input"] == row["text_input"]
-        assert seen == evaluate.see(rows, index, "other", seed=0)
+        shown = show(rows, index, "other")
+        assert shown.image_input != row.image_input
+        assert shown.image_output == row.image_output and shown.text_input == row.text_input
+        assert shown == show(rows, index, "other")
     with pytest.raises(SystemExit, match="another clip"):
-        evaluate.see([row for row in rows if row["clip"] == "0"], 0, "other", seed=0)
+        show([row for row in rows if row.clip == "0"], 0, "other")
 
 
 def test_shuffled_is_never_the_clip_itself_and_keeps_the_times(world):
-    rows = [world[0][0] | {"image_input": list(frames)} for frames in ("ab", "abc", "aab")]
+    rows = [dataclasses.replace(world[0][0], image_input=list(frames)) for frames in ("ab", "abc", "aab")]
     for seed in range(20):
         for index, row in enumerate(rows):
-            seen = evaluate.see(rows, index, "shuffled", seed)
-            assert sorted(seen["image_input"]) == sorted(row["image_input"])
-            assert seen["image_input"] != row["image_input"]
-            assert seen["times"] == row["times"]
-            assert seen == evaluate.see(rows, index, "shuffled", seed)
+            shown = show(rows, index, "shuffled", seed)
+            assert sorted(shown.image_input) == sorted(row.image_input)
+            assert shown.image_input != row.image_input
+            assert shown.times == row.times
+            assert shown == show(rows, index, "shuffled", seed)
     with pytest.raises(SystemExit, match="two frames"):
-        evaluate.see([rows[0] | {"image_input": ["a"]}], 0, "shuffled", seed=0)
+        show([dataclasses.replace(rows[0], image_input=["a"])], 0, "shuffled")
 
 
 def test_none_drops_the_video_and_plain_changes_nothing(world):
     rows = world[0]
-    assert evaluate.see(rows, 3, "none", 0)["image_input"] == []
-    assert evaluate.see(rows, 3, "", 0) == rows[3]
+    assert show(rows, 3, "none").image_input == []
+    assert show(rows, 3, "") == rows[3]
 
 
 def feed_once(kind, names=(7, 8, 9), tables=None):
@@ -286,27 +293,25 @@ def test_swap_and_oracle_take_block_and_k_from_their_tables():
 def latents_of(world, kind):
     """What evaluate's answers were fed under LATENTS=kind -> {row: (n, K, D)}, truth."""
     rows, model, _ = world
-    how = evaluate.PLAIN | {"latents": kind}
-    answers = evaluate.answer(
-        model, rows, range(len(rows)), how, lambda indices: evaluate.true_latents(model, rows, indices)
-    )
-    return {one["row"]: one["latents"] for one in answers}
+    truth = TrueLatents(model, rows)
+    results = evaluate.answer(model, rows, range(len(rows)), Settings(latents=kind), truth)
+    return {one.row: one.latents for one in results}
 
 
 def test_swap_feeds_what_a_question_of_the_same_kind_on_another_clip_made(world, faked):
     rows = world[0]
     plain, swapped = latents_of(world, ""), latents_of(world, "swap")
     for index, fed in swapped.items():
-        donor = next(i for i, made in plain.items() if torch.equal(made, fed))
-        assert rows[donor]["clip"] != rows[index]["clip"]
-        assert rows[donor]["subtask"] == rows[index]["subtask"]
+        donor = next(i for i, latents in plain.items() if torch.equal(latents, fed))
+        assert rows[donor].clip != rows[index].clip
+        assert rows[donor].subtask == rows[index].subtask
 
 
 def test_oracle_feeds_the_true_latents_and_finds_them(world, faked):
     rows, model, _ = world
     for index, fed in latents_of(world, "oracle").items():
-        assert torch.equal(fed, evaluate.true_latents(model, rows, [index])[0])
-    imagery = evaluate.evaluate(model, rows, how={"latents": "oracle"})["imagery"]
+        assert torch.equal(fed, TrueLatents(model, rows)([index])[0])
+    imagery = evaluate.evaluate(model, rows, settings=Settings(latents="oracle"))["imagery"]
     assert imagery["retrieval"] == 1.0
     assert imagery["cosine"] == pytest.approx([1.0] * 4, abs=1e-4)
     assert imagery["chance"] == pytest.approx(1 / 6)  # its own and those of the five other clips
@@ -344,8 +349,8 @@ def test_gallery_holds_one_question_a_clip_of_the_same_kind(world):
     rows = world[0]
     gallery = evaluate.gallery_of(rows + rows, 3, block=1)
     assert gallery[0] == 3 and len(gallery) == 6
-    assert len({rows[i % 12]["clip"] for i in gallery}) == 6
-    assert {rows[i % 12]["subtask"] for i in gallery} == {rows[3]["subtask"]}
+    assert len({rows[i % 12].clip for i in gallery}) == 6
+    assert {rows[i % 12].subtask for i in gallery} == {rows[3].subtask}
     assert evaluate.gallery_of(rows, 3, block=2) == [3]  # no other row has a third block
     assert len(evaluate.gallery_of(rows, 3, block=0, size=4)) == 4
 
@@ -355,14 +360,14 @@ def test_gallery_holds_one_question_a_clip_of_the_same_kind(world):
 
 def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(world, faked, tmp_path):
     rows, model, _ = world
-    whole = evaluate.evaluate(model, rows, tmp_path / "whole", {"batch": 3})
+    whole = evaluate.evaluate(model, rows, tmp_path / "whole", Settings(batch=3))
     assert len(faked) == 4
     lines = (tmp_path / "whole" / "results.jsonl").read_text().splitlines(keepends=True)
-    evaluate.evaluate(model, rows, tmp_path / "killed", {"batch": 3})
+    evaluate.evaluate(model, rows, tmp_path / "killed", Settings(batch=3))
     (tmp_path / "killed" / "results.jsonl").write_text("".join(lines[:5]) + lines[5][:-1])  # no newline yet
     (tmp_path / "killed" / "summary.json").unlink()
     faked.clear()
-    again = evaluate.evaluate(model, rows, tmp_path / "killed", {"batch": 3})
+    again = evaluate.evaluate(model, rows, tmp_path / "killed", Settings(batch=3))
     assert 2 <= len(faked) <= 4
     assert again == whole
     for name in ("results.jsonl", "summary.json"):
@@ -371,10 +376,10 @@ def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(world, faked, tmp_
 
 def test_half_a_line_is_answered_again(world, faked, tmp_path):
     rows, model, _ = world
-    whole = evaluate.evaluate(model, rows, tmp_path, {"batch": 4})
+    whole = evaluate.evaluate(model, rows, tmp_path, Settings(batch=4))
     lines = (tmp_path / "results.jsonl").read_text()
     (tmp_path / "results.jsonl").write_text(lines[: -len(lines) // 3])
-    assert evaluate.evaluate(model, rows, tmp_path, {"batch": 4}) == whole
+    assert evaluate.evaluate(model, rows, tmp_path, Settings(batch=4)) == whole
     assert (tmp_path / "results.jsonl").read_text() == lines
 
 
@@ -396,31 +401,33 @@ def test_the_same_command_asks_nothing_again_and_says_so(world, faked, tmp_path,
 def test_results_of_other_settings_are_refused(world, faked, tmp_path):
     rows, model, _ = world
     evaluate.evaluate(model, rows, tmp_path)
-    for how in ({"latents": "zero"}, {"video": "none"}, {"max_new": 9}, {"seed": 1}):
-        with pytest.raises(SystemExit, match=f"{next(iter(how))}=.*delete {tmp_path}"):
-            evaluate.evaluate(model, rows, tmp_path, how)
+    for change in ({"latents": "zero"}, {"video": "none"}, {"max_new": 9}, {"seed": 1}):
+        with pytest.raises(SystemExit, match=f"{next(iter(change))}=.*delete {tmp_path}"):
+            evaluate.evaluate(model, rows, tmp_path, Settings(**change))
     with pytest.raises(SystemExit, match="questions="):
         evaluate.evaluate(model, rows[:-1], tmp_path)
-    weight = model.net.get_input_embeddings().weight
+    weight = model.qwen.get_input_embeddings().weight
     before = weight.detach().clone()
     weight.data += 1e-3
     with pytest.raises(SystemExit, match="weights="):
         evaluate.evaluate(model, rows, tmp_path)
     weight.data.copy_(before)
-    evaluate.evaluate(model, rows, tmp_path, {"latents": "zero"}, resume=False)
+    evaluate.evaluate(model, rows, tmp_path, Settings(latents="zero"), resume=False)
 
 
 def test_limit_is_a_prefix_and_batches_do_not_change_an_answer(world, faked, tmp_path):
     rows, model, _ = world
     assert evaluate.evaluate(model, rows, tmp_path, limit=5)["scores"]["micro"]["n"] == 5
-    few = evaluate.read_lines(tmp_path / "results.jsonl")
+    few = read_jsonl(tmp_path / "results.jsonl")
     evaluate.evaluate(model, rows, tmp_path)
-    many = evaluate.read_lines(tmp_path / "results.jsonl")
+    many = read_jsonl(tmp_path / "results.jsonl")
     assert many[:5] == few and [one["row"] for one in many] == list(range(12))
     assert [one["where"] for one in many][:2] == ["test_imagery.jsonl:1", "test_imagery.jsonl:2"]
 
 
 def test_the_bench_counts_answers_that_differ(world, faked, monkeypatch, capsys):
+    from tools import bench
+
     _, model, folder = world
     bench.by_batch(model, str(folder / "data"), [1, 5], 6)
     lines = capsys.readouterr().out.splitlines()[-2:]
@@ -430,8 +437,10 @@ def test_the_bench_counts_answers_that_differ(world, faked, monkeypatch, capsys)
     plain = evaluate.generate
 
     def other(model, samples, *words, **more):
-        made = plain(model, samples, *words, **more)
-        return [one | {"text": "x"} for one in made[:1]] + made[1:] if len(made) > 1 else made
+        completions = plain(model, samples, *words, **more)
+        if len(completions) > 1:
+            completions[0].text = "x"
+        return completions
 
     monkeypatch.setattr(evaluate, "generate", other)
     bench.by_batch(model, str(folder / "data"), [1, 5], 6)
@@ -451,7 +460,7 @@ def test_without_out_nothing_is_written(world, faked, tmp_path, monkeypatch):
 def test_a_row_without_a_key_is_refused_by_its_place(world):
     rows, model, _ = world
     with pytest.raises(SystemExit, match=r"test_imagery\.jsonl:1: "):
-        evaluate.evaluate(model, [rows[0] | {"key": None}])
+        evaluate.evaluate(model, [dataclasses.replace(rows[0], key=None)])
 
 
 # ---------------------------------------------------------------- picture and report
@@ -479,7 +488,7 @@ def test_picture_and_report(world, faked, tmp_path):
 
 def test_draw_without_a_video_or_a_log(world, faked, tmp_path):
     rows, model, _ = world
-    evaluate.evaluate(model, rows, tmp_path, {"video": "none"}, limit=3)
+    evaluate.evaluate(model, rows, tmp_path, Settings(video="none"), limit=3)
     evaluate.draw(model, rows, tmp_path)
     assert "<polyline" not in (tmp_path / "report.html").read_text()
     assert not (tmp_path / "picture.png").exists()  # nothing was seen, so nothing can be drawn
@@ -488,7 +497,7 @@ def test_draw_without_a_video_or_a_log(world, faked, tmp_path):
 def test_the_page_shows_controls_of_these_weights_alone(world, faked, tmp_path):
     rows, model, _ = world
     for name, video in {"eval": "", "eval_video-none": "none", "eval_video-other": "other"}.items():
-        evaluate.evaluate(model, rows, tmp_path / name, {"video": video}, limit=3)
+        evaluate.evaluate(model, rows, tmp_path / name, Settings(video=video), limit=3)
     file = tmp_path / "eval_video-other" / "summary.json"
     other = json.loads(file.read_text())
     other["settings"]["weights"] += 1
@@ -501,7 +510,7 @@ def test_the_page_shows_controls_of_these_weights_alone(world, faked, tmp_path):
 def test_heat_is_highest_where_the_latent_comes_from():
     tokens = torch.randn(2, 3, 3, 16, generator=torch.Generator().manual_seed(0))
     latents = tokens[1, 2, 0].expand(1, 4, 16)
-    maps = evaluate.heat_maps(latents, tokens, torch.zeros(4, 16))
+    maps = report.heat_maps(latents, tokens, torch.zeros(4, 16))
     assert maps.shape == (1, 2, 3, 3) and maps.argmax() == 9 + 6
     assert maps.min() == 0 and maps.max() == 1
 
@@ -517,40 +526,54 @@ def test_generate_takes_every_feed_with_rows_in_different_states(world, monkeypa
 
     def scripted(logits, *args):
         now = next(step) % 20
-        word, start = thinker.tokenize("a")[0], thinker.ids["latent_start"]
+        word, start = thinker.tokenize("a")[0], thinker.token_id["latent_start"]
         return torch.tensor([start if now in starts[row] else word for row in range(len(logits))])
 
-    monkeypatch.setattr("model.pick", scripted)
-    how = evaluate.PLAIN | {"latents": kind, "max_new": 20}
-    answers = evaluate.answer(
-        thinker, rows, [0, 2, 4], how, lambda indices: evaluate.true_latents(thinker, rows, indices)
-    )
-    assert [one["blocks"] for one in answers] == [2, 2, 2]
-    assert all(one["cut"] for one in answers)
-    for one in answers:
+    monkeypatch.setattr("model.sample_token", scripted)
+    truth = TrueLatents(thinker, rows)
+    results = evaluate.answer(thinker, rows, [0, 2, 4], Settings(latents=kind, max_new=20), truth)
+    assert [one.blocks for one in results] == [2, 2, 2]
+    assert all(one.truncated for one in results)
+    for one in results:
         if kind == "zero":
-            assert one["latents"].eq(0).all()
+            assert one.latents.eq(0).all()
         if kind == "oracle":
-            assert torch.allclose(one["latents"], evaluate.true_latents(thinker, rows, [one["row"]])[0])
+            assert torch.allclose(one.latents, truth([one.row])[0])
 
 
 def test_command_line_and_two_processes_give_the_same_answers(world):
-    folder = world[2]
+    rows, model, folder = world
     words = [f"MODEL={folder / 'model'}", f"DATA={folder / 'data'}", "MAX_NEW=12", "BATCH=4"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = [*two, ROOT / "evaluate.py", *words, f"OUT={folder / 'two'}"]
-    done = subprocess.run(run, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "micro" in done.stdout and "report.html" in done.stdout
-    rows, model, _ = world
-    evaluate.evaluate(model, rows, folder / "one", {"max_new": 12, "batch": 4})
-    one, both = (evaluate.read_lines(folder / name / "results.jsonl") for name in ("one", "two"))
+    printed = two_processes("evaluate.py", *words, f"OUT={folder / 'two'}")
+    assert "micro" in printed and "report.html" in printed
+    evaluate.evaluate(model, rows, folder / "one", Settings(max_new=12, batch=4))
+    one, both = (read_jsonl(folder / name / "results.jsonl") for name in ("one", "two"))
     assert one == both and len(one) == 12
-    assert json.loads((folder / "two" / "settings.json").read_text())["max_new"] == 12
+    assert read_json(folder / "two" / "settings.json")["max_new"] == 12
 
 
 def test_bad_control_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "VIDEO=noen"])
-    with pytest.raises(SystemExit, match="^VIDEO=noen is none of none, other, shuffled"):
-        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    noen = refused(lambda: run_script(monkeypatch, "evaluate.py", "VIDEO=noen"), "none, other, shuffled")
+    assert noen.startswith("VIDEO=noen is not one of")
+
+
+def test_an_edited_constant_is_the_default_of_every_evaluation(tmp_path, monkeypatch):
+    """MAX_NEW edited at the top of a copy of the file: Settings(), which dift.py takes, follows it."""
+    source = (ROOT / "evaluate.py").read_text()
+    copy = tmp_path / "edited.py"
+    copy.write_text(source.replace("MAX_NEW = 512", "MAX_NEW = 7"))
+    monkeypatch.syspath_prepend(tmp_path)
+    edited = importlib.import_module("edited")
+    assert edited.Settings().max_new == 7 and Settings().max_new == 512
+    names = [field.name for field in dataclasses.fields(Settings)]
+    constants = {name: getattr(evaluate, name.upper()) for name in names}
+    assert dataclasses.asdict(Settings()) == constants
+
+
+def test_a_result_is_its_line_of_the_file_and_back():
+    fields = {"index": 3, "video_id": "v", "gt": "A", "subtask_type": "x", "question": "?", "raw": "t"}
+    one = result("speed", "A", release_fields=fields, imagery=[{"retrieval": True}])
+    line = one.to_json()
+    assert list(line)[:2] == ["row", "where"] and list(line)[-2:] == ["raw", "imagery"]
+    assert line["cut"] is False and "latents" not in line and "release_fields" not in line
+    assert Result.from_json(json.loads(json.dumps(line))) == one

@@ -6,20 +6,33 @@ import runpy
 import shutil
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import contact_sheet
 import generate_data as gd
-import make_tiny
-from model import read_rows
+from lib import geometry, vocabulary
+from lib.clips import Draft
+from lib.command_line import override_constants
+from lib.contact_sheet import draw_sheet
+from lib.ray_tracer import camera_rays, render
+from lib.rows import read_rows
+from lib.toy_scenes import (
+    Plan,
+    draw_motion,
+    draw_scene,
+    draw_style,
+    progress_at,
+    scene_is_valid,
+)
 
 SCRIPT = Path(gd.__file__)
+c = override_constants(vars(gd), [])  # of the toy world, as they stand in the script
 FEW = ["TRAIN_CLIPS=14", "TEST_CLIPS=4", "RL_TRAIN_CLIPS=4", "RL_TEST_CLIPS=2", "INSPECT=2"]
-LAST = gd.FRAMES - 1
+LAST = c.FRAMES - 1
 
 
 def generate(monkeypatch, out, *words):
@@ -39,20 +52,29 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def scene_of(kind, seed, camera=(), **mover):
-    """A rendered scene with the given camera segments and the given labels of its mover."""
+def scene_of(kind, seed, camera=(), **labels):
+    """A rendered scene with the given camera segments and the given labels of its moving object.
+
+    Returns the scene, its masks, its silhouettes' areas and the name of its first target.
+    """
     rng = np.random.default_rng(seed)
     anchor = camera[0][1] if len(camera) == 2 else LAST // 2
-    movers = [gd.draw_mover(rng, "camera") | mover]
+    motion = draw_motion(c, rng, "camera")
+    for name, value in labels.items():
+        setattr(motion, name, value)
     for _ in range(5000):
-        scene = gd.draw_scene(rng, {"kind": kind, "camera": list(camera), "movers": movers, "anchor": anchor})
-        if gd.fits(scene):
-            scene["look"] = gd.draw_look(rng)
-            frames, masks, areas = gd.render(scene, gd.SIZE, gd.HFOV)
-            asked = scene["asked"][0]["name"]
-            if min(masks[asked][[0, -1]].mean((1, 2))) > 0.02:
-                return scene | {"frames": frames, "masks": masks, "areas": areas, "name": asked}
-    raise AssertionError(f"no scene for {camera} {mover}")
+        scene = draw_scene(c, rng, Plan(kind, list(camera), [motion], anchor))
+        if scene_is_valid(c, scene):
+            _, masks, areas = render(scene, draw_style(c, rng), c.SIZE, c.HFOV, c.LINES)
+            target = scene.targets[0].name
+            if min(masks[target][[0, -1]].mean((1, 2))) > 0.02:
+                return scene, masks, areas, target
+    raise AssertionError(f"no scene for {camera} {labels}")
+
+
+def locate(mask):
+    """Centroid and area of a mask (H, W) of the toy world, None if it is hidden."""
+    return geometry.centroid_and_area(mask[None], c.HIDDEN_AREA)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +86,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clips():
-    """120 toy clips with their made rows."""
-    return [gd.toy_clip("train", number)[0][0] for number in range(120)]
+    """120 toy clips with the drafts of their rows."""
+    return [gd.toy_clip(c, "train", number)[:2] for number in range(120)]
 
 
 # ---------------------------------------------------------------- the world
@@ -90,11 +112,11 @@ def clips():
 def test_camera_movements_shift_the_landmark_as_in_film(label, axis, sign, sun):
     """Eq. 3 on the masks; the sun is at infinity, so only turning the camera moves it."""
     for seed in range(4):
-        scene = scene_of("camera", seed, [(0, LAST, label)])
-        masks = scene["masks"][scene["name"]]
+        _, masks_of, _, target = scene_of("camera", seed, [(0, LAST, label)])
+        masks = masks_of[target]
         cue = gd.static_cue(masks[0], masks[-1])
         assert sign * cue[axis] > (0.15, 0.15, np.log(1.5))[axis]
-        suns = [gd.where(mask[None]) for mask in scene["masks"]["sun"][[0, -1]]]
+        suns = [locate(mask) for mask in masks_of["sun"][[0, -1]]]
         if all(suns) and min(s[2] for s in suns) > 0.01 and min(s[1] for s in suns) > 0.1:
             moved = np.array(suns[1][:2]) - suns[0][:2]
             assert sign * moved[axis] > 0.15 if sun else np.abs(moved).max() < 0.06
@@ -104,32 +126,29 @@ def test_camera_movements_shift_the_landmark_as_in_film(label, axis, sign, sun):
 def test_roll_turns_the_horizon_the_other_way(label, sign):
     """A camera that rolls clockwise sees the right end of the horizon rise: less sky in the right half."""
     for seed in range(4):
-        scene = scene_of("camera", seed, [(0, LAST, label)])
-        is_sky = gd.camera_rays(scene["rot"], gd.SIZE, gd.HFOV)[1] > 0
+        scene, *_ = scene_of("camera", seed, [(0, LAST, label)])
+        is_sky = camera_rays(scene.rot, c.SIZE, c.HFOV)[1] > 0
         left, right = np.split(is_sky, 2, axis=2)
         lean = (left.mean((1, 2)) - right.mean((1, 2))).round(6)
         assert sign * (lean[-1] - lean[0]) > 0.15
-        clip = {"rot": scene["rot"][[0, 0, -1, -1]], "times": [0, 1, 2, 3], "frames": scene["frames"]}
-        leans = [entry.split()[-1] for entry in make_tiny.track(clip, "horizon", False).split(", ")]
-        assert leans == (["sloping-right", "sloping-left"] if sign > 0 else ["sloping-left", "sloping-right"])
 
 
 def test_two_segments_follow_each_other():
     """Each segment moves its own axis, in its own frames."""
-    scene = scene_of("camera", 1, [(0, 3, "Pan Left"), (3, LAST, "Dolly In")])
-    masks = scene["masks"][scene["name"]]
+    _, masks_of, _, target = scene_of("camera", 1, [(0, 3, "Pan Left"), (3, LAST, "Dolly In")])
+    masks = masks_of[target]
     first, second = gd.static_cue(masks[0], masks[3]), gd.static_cue(masks[3], masks[-1])
     assert first[0] > 0.15 and abs(first[2]) < 0.4
     assert abs(second[0]) < 0.15 and second[2] > np.log(1.4)
 
 
-@pytest.mark.parametrize("label", gd.DIRECTIONS)
+@pytest.mark.parametrize("label", vocabulary.DIRECTIONS)
 def test_objects_move_as_labelled(label):
     """With a resting camera the centroid and the area show the label's direction."""
-    right, up, forward = gd.DIRECTIONS[label]
+    right, up, forward = vocabulary.DIRECTIONS[label]
     for seed in range(2):
-        scene = scene_of("object", seed, direction=label, step=gd.DIRECTIONS[label])
-        masks = scene["masks"][scene["name"]]
+        _, masks_of, _, target = scene_of("object", seed, direction=label, step=vocabulary.DIRECTIONS[label])
+        masks = masks_of[target]
         x, y, growth = gd.static_cue(masks[0], masks[-1])
         for moved, way in ((x, right), (-y, up)):
             assert moved * way > 0.12 if way else abs(moved) < (0.25 if forward else 0.1)
@@ -139,39 +158,41 @@ def test_objects_move_as_labelled(label):
 def test_object_directions_are_free_of_camera_motion():
     """While the camera trucks along with it, a thing that moves right stays in place in the image."""
     camera = [(0, LAST, "Truck Right")]
-    scene = scene_of("object", 0, camera, direction="Moving Right", step=(1, 0, 0))
-    x, _, _ = gd.static_cue(*scene["masks"][scene["name"]][[0, -1]])
+    _, masks, _, target = scene_of("object", 0, camera, direction="Moving Right", step=(1, 0, 0))
+    x, _, _ = gd.static_cue(*masks[target][[0, -1]])
     assert abs(x) < 0.15
 
 
 def test_masks_are_exact_under_occlusion():
     """Masks are disjoint, the nearer thing hides the farther, a mask is where its thing changes pixels."""
-    scene = scene_of("object", 3)
-    scene["things"] = scene["things"][:1]
-    front = scene["things"][0] | {"name": "red copy", "colour": "white", "shape": "ball"}
-    middle = (scene["things"][0]["path"] + scene["pos"]) / 2
-    front |= {"path": middle, "half": scene["things"][0]["half"] * np.float32(0.4)}
-    scene["things"] = [scene["things"][0], front]
-    both, masks, areas = gd.render(scene, gd.SIZE, gd.HFOV)
-    behind = scene["things"][0]["name"]
+    scene, *_ = scene_of("object", 3)
+    thing = scene.things[0]
+    middle = (thing.path + scene.pos) / 2
+    half = thing.half * np.float32(0.4)
+    front = replace(thing, name="red copy", colour="white", shape="ball", path=middle, half=half)
+    scene.things = [thing, front]
+    style = draw_style(c, np.random.default_rng(0))
+    both, masks, areas = render(scene, style, c.SIZE, c.HFOV, c.LINES)
+    behind = thing.name
     assert not (masks[behind] & masks["red copy"]).any()
     assert (masks["red copy"].sum((1, 2)) == areas["red copy"]).all()
     assert (masks[behind].sum((1, 2)) < areas[behind]).all() and masks[behind].any()
-    scene["things"][1] = front | {"colour": "purple"}
-    other, _, _ = gd.render(scene, gd.SIZE, gd.HFOV)
+    scene.things[1] = replace(front, colour="purple")
+    other, _, _ = render(scene, style, c.SIZE, c.HFOV, c.LINES)
     assert ((both != other).any(-1) == masks["red copy"]).all()
 
 
 def test_projection_agrees_with_the_masks():
     """The projected centre of a ball is the centre of its mask, and depth is along the camera's axis."""
-    scene = scene_of("object", 5)
-    ball = scene["things"][0] | {"shape": "ball", "half": np.float32([0.5, 0.5]), "name": "ball"}
-    scene["things"] = [ball]
-    masks = gd.render(scene, gd.SIZE, gd.HFOV)[1]["ball"]
-    x, y, depth = gd.project(ball["path"], scene["pos"], scene["rot"], gd.HFOV)
-    spot = gd.where(masks[:1])
-    assert abs(spot[0] - x[0]) < 0.03 and abs(spot[1] - y[0]) < 0.03
-    radius = np.sqrt(spot[2] / np.pi) * gd.view_width(gd.HFOV) * depth[0]
+    scene, *_ = scene_of("object", 5)
+    ball = replace(scene.things[0], shape="ball", half=np.float32([0.5, 0.5]), name="ball")
+    scene.things = [ball]
+    style = draw_style(c, np.random.default_rng(0))
+    masks = render(scene, style, c.SIZE, c.HFOV, c.LINES)[1]["ball"]
+    x, y, depth = geometry.project(ball.path, scene.pos, scene.rot, c.HFOV)
+    centre_x, centre_y, area = locate(masks[0])
+    assert abs(centre_x - x[0]) < 0.03 and abs(centre_y - y[0]) < 0.03
+    radius = np.sqrt(area / np.pi) * geometry.view_width(c.HFOV) * depth[0]
     assert abs(radius - 0.5) < 0.12
 
 
@@ -180,31 +201,35 @@ def test_projection_agrees_with_the_masks():
 
 def test_direction_labels_are_exact():
     """Each label is found for its own vector, never its neighbour's; between two of them there is none."""
-    for label, way in gd.DIRECTIONS.items():
-        assert gd.direction_label(np.array(way) * 0.4) == label
-    assert gd.direction_label((-0.3, 0.3, 0)) == "Moving Left-Up"
-    assert gd.direction_label((-0.3, 0.12, 0)) is None  # 22 degrees: neither left nor left-up
-    assert gd.direction_label((0.3, 0, 0.25)) is None
-    assert gd.direction_label((0.01, 0.01, 0)) == "Stationary"
+    for label, way in vocabulary.DIRECTIONS.items():
+        assert geometry.direction_label(np.array(way) * 0.4) == label
+    assert geometry.direction_label((-0.3, 0.3, 0)) == "Moving Left-Up"
+    assert geometry.direction_label((-0.3, 0.12, 0)) is None  # 22 degrees: neither left nor left-up
+    assert geometry.direction_label((0.3, 0, 0.25)) is None
+    assert geometry.direction_label((0.01, 0.01, 0)) == "Stationary"
 
 
 def test_distance_is_read_from_depth_and_not_from_the_direction():
     """A thing that moves left and comes nearer: one label each, by its own rule."""
     closer = np.linspace(6, 4, 8)
-    facts = gd.motion_labels((-0.5, 0, 0.1), closer)
+    facts = geometry.motion_labels((-0.5, 0, 0.1), closer)
     assert facts == {"direction": "Moving Left", "distance": "Getting Closer to Camera"}
     there_and_back = [5, 4.5, 4, 3.8, 3.8, 4, 4.5, 5]
-    assert gd.motion_labels((0, 0, 0), there_and_back)["distance"] == "First Getting Closer, Then Farther"
+    assert (
+        geometry.motion_labels((0, 0, 0), there_and_back)["distance"] == "First Getting Closer, Then Farther"
+    )
     back_and_there = [4, 4.5, 5, 5.3, 5.3, 5, 4.5, 4]
-    assert gd.motion_labels((0, 0, 0), back_and_there)["distance"] == "First Getting Farther, Then Closer"
-    assert gd.motion_labels((0, 0, 0), [5] * 8)["distance"] == "Maintaining Roughly the Same Distance"
-    assert gd.motion_labels((0, 0, 0), np.linspace(5, 4.3, 8))["distance"] is None
+    assert (
+        geometry.motion_labels((0, 0, 0), back_and_there)["distance"] == "First Getting Farther, Then Closer"
+    )
+    assert geometry.motion_labels((0, 0, 0), [5] * 8)["distance"] == "Maintaining Roughly the Same Distance"
+    assert geometry.motion_labels((0, 0, 0), np.linspace(5, 4.3, 8))["distance"] is None
 
 
-@pytest.mark.parametrize("label", gd.VOCABULARY["speed"])
-def test_speeds_have_their_pace(label):
+@pytest.mark.parametrize("label", vocabulary.SPEEDS)
+def test_progress_has_the_labels_speed(label):
     """Early, middle and late steps of a path compare as the label says."""
-    steps = np.diff(gd.pace(label, np.linspace(0, 1, gd.FRAMES)))
+    steps = np.diff(progress_at(label, np.linspace(0, 1, c.FRAMES)))
     early, middle, late = steps[:2].mean(), steps[2:5].mean(), steps[-2:].mean()
     orders = {
         "Constant": np.allclose(steps, steps[0]),
@@ -223,14 +248,12 @@ def test_overlay_is_equation_1():
     assert out.tolist() == [[[162, 60, 60], [100, 100, 100]]]
 
 
-def test_spots_are_spelled_in_fifths():
+def test_locations_are_described_in_fifths():
     """Worked examples of the location words, and "hidden" for a thing that is too small."""
-    mask = np.zeros((1, 50, 50), bool)
-    mask[0, 40:50, 0:10] = True
-    assert gd.spell_spot(gd.where(mask)) == "leftmost bottom small"
-    clip = {"frames": np.zeros((2, 50, 50, 3)), "times": [0, 1], "masks": {"box": np.repeat(mask, 2, 0)}}
-    assert make_tiny.track(clip, "box", True) == "x 4 y 44"
-    assert gd.spell_spot(gd.where(np.zeros((1, 50, 50), bool))) == "hidden"
+    mask = np.zeros((50, 50), bool)
+    mask[40:50, 0:10] = True
+    assert geometry.describe_location(locate(mask)) == "leftmost bottom small"
+    assert geometry.describe_location(locate(np.zeros((50, 50), bool))) == "hidden"
 
 
 # ---------------------------------------------------------------- questions
@@ -239,31 +262,32 @@ def test_spots_are_spelled_in_fifths():
 def test_no_question_has_two_true_answers(clips):
     """Options differ, are of the truth's own kind, and only the truth agrees with the scene's geometry."""
     seen = Counter()
-    for clip, items in clips:
-        for item in items:
-            row, label = item["row"], item["label"]
+    for clip, drafts in clips:
+        for draft in drafts:
+            row, label = draft.row, draft.label
             options = dict(re.findall(r"^([A-F])\. (.*)$", row["text_input"], flags=re.M))
             seen[row["subtask"]] += 1
-            assert len(options) == 4 == len(set(options.values())) and options[item["key"]] == label
+            assert len(options) == 4 == len(set(options.values())) and options[draft.key] == label
             wrong = [text for text in options.values() if text != label]
             if row["subtask"].startswith("camera"):
                 start, end = (int(n) for n in row["id"].rpartition("_")[2].split("->"))
-                assert (start, end, label) in clip["camera"]
-                assert all(text in (gd.PAIRS if " and " in label else gd.MOVES) for text in wrong)
+                assert (start, end, label) in clip.camera
+                family = vocabulary.PAIRS if " and " in label else vocabulary.MOVES
+                assert all(text in family for text in wrong)
                 axes = [move.split()[0] for move in label.split(" and ")]
-                true = {move for s, e, name in clip["camera"] for move in name.split(" and ") if s == start}
+                true = {move for s, e, name in clip.camera for move in name.split(" and ") if s == start}
                 assert all(set(text.split(" and ")) != true for text in wrong) and len(set(axes)) == len(axes)
             if row["subtask"] == "object_box":
                 box = json.loads(label)
                 assert all(overlap(box, json.loads(text)) < 0.34 for text in wrong)
             if row["subtask"] in ("object_direction", "object_distance"):
-                thing = next(t for t in clip["things"] if t["name"] in row["text_input"])
-                path, rot, pos = thing["path"], clip["rot"], clip["pos"]
+                thing = next(t for t in clip.scene.things if t.name in row["text_input"])
+                path, rot, pos = thing.path, clip.scene.rot, clip.scene.pos
                 depth = ((path[0] + path[-1]) / 2 - pos[0]) @ rot[0][:, 2]
-                facts = gd.motion_labels(
+                labels = geometry.motion_labels(
                     rot[0].T @ (path[-1] - path[0]) / depth, np.linalg.norm(path - pos, axis=1)
                 )
-                assert facts[row["subtask"].split("_")[1]] == label
+                assert labels[row["subtask"].split("_")[1]] == label
     assert len(seen) == 7 and sum(seen.values()) > 130
 
 
@@ -279,7 +303,7 @@ def overlap(a, b):
 def test_the_options_alone_do_not_tell_the_truth(kind):
     """Guessing the most frequent truth of each set of options, counted on other draws: near 25 %."""
     rng = np.random.default_rng(0)
-    family = gd.VOCABULARY[kind]
+    family = vocabulary.VOCABULARY[kind]
     counts, hits, draws = defaultdict(Counter), 0, 6000
     for _ in range(draws):
         label = family[rng.integers(len(family))]
@@ -297,36 +321,36 @@ def test_the_options_alone_do_not_tell_the_truth(kind):
 
 def test_labels_and_letters_are_balanced(clips):
     """Letters are uniform, and no direction or single movement is rare."""
-    items = [item for _, made in clips for item in made]
-    letters = Counter(item["key"] for item in items)
-    assert min(letters.values()) > 0.15 * len(items)
+    keys = [draft.key for _, drafts in clips for draft in drafts]
+    letters = Counter(keys)
+    assert min(letters.values()) > 0.15 * len(keys)
     rng = np.random.default_rng(1)
-    movers = Counter(gd.draw_mover(rng, "object").get("direction") for _ in range(3000))
-    movers.pop(None)
-    assert set(movers) == set(gd.DIRECTIONS) and max(movers.values()) < 1.35 * min(movers.values())
+    counts = Counter(draw_motion(c, rng, "object").direction for _ in range(3000))
+    counts.pop(None)
+    assert set(counts) == set(vocabulary.DIRECTIONS) and max(counts.values()) < 1.35 * min(counts.values())
 
 
 def test_phrases_vary_and_name_the_label_last():
     """At least 6 phrasings of each step; an ending ends with the label in its exact words."""
-    for ask, phrases in gd.PHRASES.items():
+    for kind, phrases in vocabulary.read_phrases().items():
         for step in ("open", "link", "end"):
-            assert step not in phrases or len(set(phrases[step])) >= 6, (ask, step)
+            assert step not in phrases or len(set(phrases[step])) >= 6, (kind, step)
         assert all(phrase.endswith("{label}.") for phrase in phrases.get("end", []))
 
 
 def test_imagery_does_not_tell_the_trajectory(clips):
     """Outside the label no word of the imagery says where or how large a thing is, or how it moves."""
-    places = {*gd.X_WORDS, *gd.Y_WORDS, *gd.WORDS["size"]}
+    places = {*vocabulary.X_WORDS, *vocabulary.Y_WORDS, *vocabulary.SIZE_WORDS}
     places |= {"hidden", "up", "down", "closer", "farther", "larger"}
     lengths = []
-    for _, items in clips:
-        for item in items:
-            thought = item["row"]["text_output"].split("</think>")[0].removeprefix("<think>")
-            assert thought.endswith(item["label"] + ".") and thought.count(item["label"]) == 1
-            assert not places & set(re.findall(r"[a-z]+", thought.replace(item["label"], "")))
+    for _, drafts in clips:
+        for draft in drafts:
+            thought = draft.row["text_output"].split("</think>")[0].removeprefix("<think>")
+            assert thought.endswith(draft.label + ".") and thought.count(draft.label) == 1
+            assert not places & set(re.findall(r"[a-z]+", thought.replace(draft.label, "")))
             lengths.append(len(thought.replace("<output_image>", "").split()))
-            looks = len(item["row"]["image_output"])
-            assert (looks == 2) if item["row"]["subtask"].startswith("camera") else 2 <= looks <= 5
+            overlays = len(draft.row["image_output"])
+            assert (overlays == 2) if draft.row["subtask"].startswith("camera") else 2 <= overlays <= 5
     assert 20 < np.mean(lengths) < 60
 
 
@@ -368,12 +392,12 @@ def test_rejected_rows_are_made_again_and_then_dropped():
     """Rows that stay bad are dropped with their reason; a maker that recovers loses nothing."""
     row = {"text_input": "How?\n\nA. x\nB. y", "times": [], "subtask": "colour", "image_output": []}
     good, bad = (
-        {"row": row | {"id": a, "text_output": f"<think></think>\n<answer>{a}</answer>"}}
+        Draft(row | {"id": a, "text_output": f"<think></think>\n<answer>{a}</answer>"}, label=a)
         for a in ("A. x", "C. z")
     )
     tries = iter([[bad], [good]])
-    assert gd.accept(lambda rng, clip: next(tries), None, None) == ([good], {})
-    kept, reasons = gd.accept(lambda rng, clip: [good, bad], None, None)
+    assert gd.make_valid_rows(lambda rng, clip: next(tries), None, None) == ([good], {})
+    kept, reasons = gd.make_valid_rows(lambda rng, clip: [good, bad], None, None)
     assert kept == [good] and reasons == {"the answer is not the key": 1}
 
 
@@ -382,7 +406,7 @@ def test_rejected_rows_are_made_again_and_then_dropped():
 
 def test_rows_of_the_three_forms_ask_the_same(folder):
     """noimage is imagery without its placeholders; verbal has words in their place; the rest is equal."""
-    forms = [rows_of(folder / f"train_{form}.jsonl") for form in gd.FORMS]
+    forms = [rows_of(folder / f"train_{form}.jsonl") for form in vocabulary.FORMS]
     assert len(forms[0]) > 14
     for imagery, noimage, verbal in zip(*forms):
         for field in imagery:
@@ -398,11 +422,11 @@ def test_files_are_read_by_the_other_stages(folder):
     """read_rows takes every jsonl, so the images exist; frames are of SIZE; meta.json counts right."""
     for path in sorted(folder.glob("*.jsonl")):
         for row in read_rows(path):
-            assert len(row["times"]) == len(row["image_input"])
-            assert row["key"] in row["options"]
+            assert len(row.times) == len(row.image_input)
+            assert row.key in row.options
     row = read_rows(folder / "train_imagery.jsonl")[0]
-    assert Image.open(row["image_input"][0]).size == (gd.SIZE, gd.SIZE)
-    assert row["text_output"].count("<output_image>") == len(row["image_output"])
+    assert Image.open(row.image_input[0]).size == (c.SIZE, c.SIZE)
+    assert row.text_output.count("<output_image>") == len(row.image_output)
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["constants"]["SEED"] == 0 and meta["counts"]["train"]["rows"] == len(
         rows_of(folder / "train_imagery.jsonl")
@@ -414,14 +438,14 @@ def test_the_contact_sheet_shows_rows(folder, tmp_path):
     sheet = np.asarray(Image.open(folder / "inspect.png").convert("L")).astype(int)
     assert sheet.shape[1] == 1280 and sheet.shape[0] > 4 * 74  # two rows of two lines of pictures
     first = read_rows(folder / "train_imagery.jsonl")[0]
-    for number, name in enumerate(first["image_input"]):
+    for number, name in enumerate(first.image_input):
         frame = np.asarray(Image.open(name).convert("L")).astype(int)
         left = number * 160
         assert np.abs(sheet[14:70, left : left + 56] - frame).mean() < 2
         assert (sheet[1:13, left + 1 : left + 20] < 128).any()  # its time
-    mark = np.asarray(Image.open(first["image_output"][0]).convert("L")).astype(int)
+    mark = np.asarray(Image.open(first.image_output[0]).convert("L")).astype(int)
     assert np.abs(sheet[88:144, :56] - mark).mean() < 2 and (sheet[148:] < 128).any()
-    contact_sheet.draw(folder / "train_imagery.jsonl", tmp_path / "all.png", 99)
+    draw_sheet(folder / "train_imagery.jsonl", tmp_path / "all.png", 99)
     assert Image.open(tmp_path / "all.png").size[1] > 7 * 148
 
 
@@ -467,7 +491,7 @@ def test_rl_rows_are_compound(folder):
         assert len(set(options)) == 4 and row["Correct"] in "ABCD" and row["video_path"] == ""
         assert row["Type"] in ("compound_both", "compound_sequence")
         assert all(text.startswith(("Camera: ", "First ")) for text in options)
-        assert len(row["frame_paths"]) == len(row["times"]) == gd.FRAMES
+        assert len(row["frame_paths"]) == len(row["times"]) == c.FRAMES
 
 
 def test_same_seed_same_bytes_and_a_killed_run_continues(folder, monkeypatch, tmp_path):

@@ -1,11 +1,12 @@
-"""tests/mean_of_seeds.py: the mean of several runs and its interval, worked by hand."""
+"""tools/mean_of_seeds.py: the mean of several runs and its interval, worked by hand."""
 
 import json
 import math
 
-import mean_of_seeds
 import pytest
 from helpers import refused, run_script
+
+from tools import mean_of_seeds
 
 
 def write(folder, right):
@@ -29,19 +30,19 @@ def runs(tmp_path):
 def test_rises_are_those_worked_by_hand(runs):
     """Changes by question are 0, 1 and a half: mean 50 points, standard deviation 50."""
     table = mean_of_seeds.rises(runs, "single")
-    n, before, after, rise, half = table["single, all"]
-    assert (
-        n == 3 and (before, rise) == pytest.approx((100 / 3, 50)) and after == pytest.approx([200 / 3, 100])
-    )
-    assert half == pytest.approx(1.96 * 50 / math.sqrt(3))
-    assert table["camera (both)"][0] == 2 and table["camera (both)"][3] == pytest.approx(50)
-    assert table["object_speed"][2] == [0, 100] and list(table)[-1] == "single, all"
+    whole = table["single, all"]
+    assert whole.n == 3
+    assert (whole.before, whole.rise) == pytest.approx((100 / 3, 50))
+    assert whole.after == pytest.approx([200 / 3, 100])
+    assert whole.half == pytest.approx(1.96 * 50 / math.sqrt(3))
+    assert table["camera (both)"].n == 2 and table["camera (both)"].rise == pytest.approx(50)
+    assert table["object_speed"].after == [0, 100] and list(table)[-1] == "single, all"
 
 
 def test_the_script_prints_both_kinds(runs, monkeypatch, capsys):
-    run_script(monkeypatch, "tests/mean_of_seeds.py", f"RUNS={' '.join(runs)}")
-    said = capsys.readouterr().out
-    assert "single, all" in said and "compound, all" in said and "+50.0 (-6.6 to +106.6)" in said
+    run_script(monkeypatch, "tools/mean_of_seeds.py", f"RUNS={' '.join(runs)}")
+    printed = capsys.readouterr().out
+    assert "single, all" in printed and "compound, all" in printed and "+50.0 (-6.6 to +106.6)" in printed
 
 
 def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path):

@@ -7,9 +7,9 @@ import pytest
 from helpers import refused, run_script
 from test_real_data import write_video
 
-import evaluate
-from assets import tables
-from model import read_rows
+from lib import tables
+from lib.rows import read_rows
+from lib.videos import attach_video_rows
 
 ASK = {"Type": "abs_dir", "Question": "Where to?", "A": "A. Left", "B": "Right", "C": "Up", "D": "Down"}
 NAMES = ("abc_11", "def_2", "ghi_3")
@@ -48,21 +48,20 @@ def test_questions_become_4drl_rows(folder, monkeypatch, tmp_path, capsys, file,
     parquet = type("Parquet", (), {"read_table": lambda self, path: table()})
     whole = tables.import_module
     monkeypatch.setattr(tables, "import_module", lambda name: parquet() if "pyarrow" in name else whole(name))
-    monkeypatch.setattr(evaluate, "CACHE", str(tmp_path / "frames"))
     rows = generate(monkeypatch, folder, tmp_path / "out", file)
-    assert len(rows) == count == len({row["id"] for row in rows}) and {row["key"] for row in rows} == {key}
-    assert all(row["options"]["A"] == "Left" and not row["image_input"] for row in rows)
+    assert len(rows) == count == len({row.id for row in rows}) and {row.key for row in rows} == {key}
+    assert all(row.options["A"] == "Left" and not row.image_input for row in rows)
     assert ("1 questions are about videos that are not" in capsys.readouterr().out) == (file == "rl.jsonl")
-    filmed = evaluate.film(rows, "")
-    assert len(filmed) == count and all(row["times"] == [0.0, 1.0, 2.0, 3.0] for row in filmed)
-    splits = [{row["clip"] for row in read_rows(path)} for path in (tmp_path / "out").glob("rl_*.jsonl")]
+    with_frames = attach_video_rows(rows, cache=str(tmp_path / "frames"))
+    assert len(with_frames) == count and all(row.times == [0.0, 1.0, 2.0, 3.0] for row in with_frames)
+    splits = [{row.clip for row in read_rows(path)} for path in (tmp_path / "out").glob("rl_*.jsonl")]
     assert not set.intersection(*splits) if len(splits) > 1 else splits
 
 
 def test_the_releases_questions_train_a_4drl_step_as_they_are(tiny, folder, monkeypatch, tmp_path, capsys):
     """4drl_data_filtered.jsonl with nothing but foreign video paths, and VIDEOS: one question is left out."""
-    monkeypatch.setattr(evaluate, "CACHE", str(tmp_path / "frames"))
-    few = ("STEPS=1", "HOLDOUT=", "SINGLES=", "GLOBAL_BATCH=2", "G=2", "MAX_NEW=8", "SAMPLE_EVERY=0")
+    cache = f"CACHE={tmp_path / 'frames'}"
+    few = (cache, "STEPS=1", "HOLDOUT=", "SINGLES=", "GLOBAL_BATCH=2", "G=2", "MAX_NEW=8", "SAMPLE_EVERY=0")
     base = json.loads((tiny / "base/config.json").read_text())
     dift = ("STEPS=1", "TEST_ROWS=0", "GLOBAL_BATCH=2", f"OUT={tmp_path / 'dift'}", f"DATA={tiny / 'data'}")
     run_script(monkeypatch, "dift.py", f"MODEL={tiny / 'base'}", *dift)

@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,13 +20,55 @@ from helpers import ROOT, one_thread, refused, run_script
 from PIL import Image
 
 import generate_data as gd
-import segment_dyn
-import segment_files
-import segment_motion
-import spatialvid
-from model import read_rows
+from lib import spatialvid
+from lib.command_line import override_constants
+from lib.footage import Shot, list_videos, split_into_windows
+from lib.geometry import (
+    cameras_from_poses,
+    centroid_and_area,
+    depth_inside,
+    object_labels,
+    path_labels,
+    view_width,
+)
+from lib.ray_tracer import camera_rays, hit_thing
+from lib.rows import read_rows
+from lib.segmenters import dyn as segment_dyn
+from lib.segmenters import files as segment_files
+from lib.segmenters import motion as segment_motion
+from lib.vocabulary import MOVES
 
 FLIP = np.array([1, -1, 1])  # our axes are right, up, forward; OpenCV's are right, down, forward
+
+
+def constants(**changes):
+    """Constants of generate_data.py, masks from files unless a test says motion."""
+    c = override_constants(vars(gd), ["SEGMENTER=files"])
+    vars(c).update(changes)
+    return c
+
+
+TOY = constants()  # what the toy clips are made with
+
+
+def consistent(masks):
+    """Eq. 2 with the script's constants."""
+    return gd.consistent(masks, TOY.MIN_MASK, TOY.MAX_GROWTH)
+
+
+def contradicts(label, start, end):
+    """Eq. 3 with the script's constants."""
+    return gd.contradicts(label, start, end, TOY.CUE_SLACK)
+
+
+def thing_path(clip, name):
+    """The way (T, 3) of a thing of a toy clip."""
+    return next(thing.path for thing in clip.scene.things if thing.name == name)
+
+
+def shot_of(frames, notes, folder):
+    """Frames (T, H, W, 3) with annotations, a second apart, as the stage reads them from a video."""
+    return Shot("clip/00000", frames, list(range(len(frames))), 0, notes, folder)
 
 
 def write_video(path, frames, fps=10, codec="mpeg4"):
@@ -59,28 +102,27 @@ def poses_of(pos, rot):
 
 def notes_of(clip):
     """A toy clip's truth as SpatialVID's annotations, as read_notes gives them."""
-    count, focal = len(clip["times"]), 1 / gd.view_width(gd.HFOV)
+    count, focal = len(clip.times), 1 / view_width(TOY.HFOV)
     short = {"Clockwise": "CW", "Counter-Clockwise": "CCW"}
     spans = {}
-    for start, end, label in clip["camera"] or [(0, count - 1, "Stay")]:
+    for start, end, label in clip.camera or [(0, count - 1, "Stay")]:
         moves = [move.split(" ") for move in label.split(" and ")]
         spans[f"{start}->{end}"] = [" ".join(short.get(word, word) for word in move) for move in moves]
-    notes = {"indexes": np.arange(count) * 2, "poses": poses_of(clip["pos"], clip["rot"])}
+    notes = {"indexes": np.arange(count) * 2, "poses": poses_of(clip.scene.pos, clip.scene.rot)}
     notes |= {"intrinsics": np.tile([focal, focal, 0.5, 0.5], (count, 1)), "instructions": spans}
-    notes["objects"] = {"static_object": clip["static"][0]} if clip["static"] else {}
-    if clip["moving"]:
-        notes["objects"]["dynamic_object"] = clip["moving"][0]
+    notes["objects"] = {"static_object": clip.static[0]} if clip.static else {}
+    if clip.moving:
+        notes["objects"]["dynamic_object"] = clip.moving[0]
     return notes
 
 
 def depths_of(clip):
     """The depth of each pixel of a toy clip (T, H, W) by the toy's own rays: ground and things, else 100."""
-    pos, rays = clip["pos"].astype(np.float32), gd.camera_rays(clip["rot"], gd.SIZE, gd.HFOV)
+    pos, rays = clip.scene.pos.astype(np.float32), camera_rays(clip.scene.rot, TOY.SIZE, TOY.HFOV)
     nearest = pos[:, 1, None, None] / np.maximum(-rays[1], 1e-3)
-    for thing in clip["things"]:
-        origin = (pos - thing["path"].astype(np.float32)).T[:, :, None, None]
-        hit, how = (gd.hit_box, thing["yaw"]) if thing["shape"] == "box" else (gd.hit_round, thing["shape"])
-        nearest = np.minimum(nearest, hit(origin, rays, thing["half"], how)[0])
+    for thing in clip.scene.things:
+        origin = (pos - thing.path.astype(np.float32)).T[:, :, None, None]
+        nearest = np.minimum(nearest, hit_thing(thing, origin, rays)[0])
     return np.minimum(nearest, 100)
 
 
@@ -116,8 +158,8 @@ def pack_masks(masks):
 
 def write_clip(root, name, clip, notes):
     """One clip of a miniature SpatialVID: each toy frame twice in the mp4, so that indexes are 0, 2, 4."""
-    seconds = clip["times"][1] - clip["times"][0]
-    write_video(root / f"videos/{name}.mp4", np.repeat(clip["frames"], 2, 0), int(2 / seconds))
+    seconds = clip.times[1] - clip.times[0]
+    write_video(root / f"videos/{name}.mp4", np.repeat(clip.frames, 2, 0), int(2 / seconds))
     folder = root / f"annotations/{name}"
     folder.mkdir(parents=True)
     lines = [f"# total {len(notes['indexes'])} indexes"]
@@ -131,27 +173,21 @@ def write_clip(root, name, clip, notes):
     (folder / "caption.json").write_text(
         json.dumps({"SceneSummary": "A plain.", "CameraMotion": "It moves."})
     )
-    moving = [clip["masks"][thing] for thing in clip["moving"]]
+    moving = [clip.masks[thing] for thing in clip.moving]
     np.savez_compressed(
-        folder / "dyn_masks.npz", **pack_masks(np.any([clip["masks"]["sun"] & False, *moving], 0))
+        folder / "dyn_masks.npz", **pack_masks(np.any([clip.masks["sun"] & False, *moving], 0))
     )
-    for role, things in (("static", clip["static"]), ("dynamic", clip["moving"])):
-        for number, mask in enumerate(clip["masks"][things[0]] if things else []):
+    for role, things in (("static", clip.static), ("dynamic", clip.moving)):
+        for number, mask in enumerate(clip.masks[things[0]] if things else []):
             (folder / f"masks_{role}").mkdir(exist_ok=True)
             Image.fromarray(mask).save(folder / f"masks_{role}/frame_{number:04d}.png")
     return folder
 
 
-@pytest.fixture(autouse=True)
-def mask_files(monkeypatch):
-    """Masks come from files, unless a test says motion."""
-    monkeypatch.setattr(gd, "SEGMENTER", "files")
-
-
 @pytest.fixture(scope="module")
 def clips():
     """Toy clips, the truth of this file."""
-    return [gd.toy_clip("train", number)[0][0][0] for number in range(60)]
+    return [gd.toy_clip(TOY, "train", number)[0] for number in range(60)]
 
 
 @pytest.fixture(scope="module")
@@ -193,25 +229,25 @@ def label_of(row):
 def test_poses_are_world_to_camera_in_opencv_axes(clips):
     """A hand-worked pose, and the toy's cameras there and back."""
     half = np.sqrt(0.5)
-    pos, rot = spatialvid.cameras(np.array([[0, 0, 5, 0, 0, 0, 1.0], [1, 0, 0, 0, half, 0, half]]))
+    pos, rot = cameras_from_poses(np.array([[0, 0, 5, 0, 0, 0, 1.0], [1, 0, 0, 0, half, 0, half]]))
     assert pos[0].tolist() == [0, 0, -5]  # the world's origin stands 5 before the camera
     assert rot[0].tolist() == [[1, 0, 0], [0, -1, 0], [0, 0, 1]]  # up is against OpenCV's y
     # a quarter turn about y, world to camera: x' = z, z' = -x; the camera looks along the world's -x
     assert np.allclose(rot[1][:, 2], [-1, 0, 0]) and np.allclose(rot[1][:, 0], [0, 0, 1])
     assert np.allclose(pos[1], [0, 0, -1])
     for clip in clips[:5]:
-        pos, rot = spatialvid.cameras(poses_of(clip["pos"], clip["rot"]))
-        assert np.allclose(pos * FLIP, clip["pos"]) and np.allclose(FLIP[:, None] * rot, clip["rot"])
+        pos, rot = cameras_from_poses(poses_of(clip.scene.pos, clip.scene.rot))
+        assert np.allclose(pos * FLIP, clip.scene.pos) and np.allclose(FLIP[:, None] * rot, clip.scene.rot)
 
 
 def test_instructions_become_labels_in_our_words():
     """CW and CCW are spelled out, "Stay" is never a label, opposites at once are no label, n is n - 1."""
     spans = {"0->3": ["Stay"], "3->5": ["Roll CCW", "Dolly In", "Pan Left"], "5->8": ["Roll CW", "Stay"]}
     spans |= {"1->2": ["Pan Left", "Pan Right"], "7->8": ["Dolly In"]}
-    found = spatialvid.camera_segments(spans, 8, gd.MOVES)
+    found = spatialvid.camera_segments(spans, 8, MOVES)
     assert found == [(3, 5, "Pan Left and Roll Counter-Clockwise and Dolly In"), (5, 7, "Roll Clockwise")]
     with pytest.raises(ValueError):
-        spatialvid.camera_segments({"0->1": ["Zoom In"]}, 8, gd.MOVES)
+        spatialvid.camera_segments({"0->1": ["Zoom In"]}, 8, MOVES)
 
 
 @pytest.mark.parametrize(
@@ -243,8 +279,8 @@ def test_consistency_filter_drops_frames():
     masks = np.zeros((6, 100, 100), bool)
     for number, area in enumerate([400, 500, 9, 2500, 0, 600]):
         masks[number].reshape(-1)[:area] = True
-    assert gd.consistent(masks).tolist() == [True, True, False, False, False, True]
-    assert not gd.consistent(masks & False).any()
+    assert consistent(masks).tolist() == [True, True, False, False, False, True]
+    assert not consistent(masks & False).any()
 
 
 # ---------------------------------------------------------------- labels
@@ -260,27 +296,27 @@ def test_the_landmark_proves_or_contradicts_the_camera_label():
 
     start, left, grown = square(100, 100, 20), square(60, 100, 20), square(100, 100, 40)
     for label in ("Pan Right", "Truck Right", "Pan Right and Tilt Up", "Dolly In", "Roll Clockwise"):
-        assert not gd.contradicts(label, start, left), label
-    assert gd.contradicts("Pan Left", start, left) and gd.contradicts("Truck Left and Dolly In", start, left)
-    assert not gd.contradicts("Pan Left and Roll Clockwise", start, left)  # a roll moves it too
-    assert not gd.contradicts("Pan Left and Truck Right", start, left)  # they may cancel
-    assert gd.contradicts("Dolly Out", start, grown) and not gd.contradicts("Dolly In", start, grown)
+        assert not contradicts(label, start, left), label
+    assert contradicts("Pan Left", start, left) and contradicts("Truck Left and Dolly In", start, left)
+    assert not contradicts("Pan Left and Roll Clockwise", start, left)  # a roll moves it too
+    assert not contradicts("Pan Left and Truck Right", start, left)  # they may cancel
+    assert contradicts("Dolly Out", start, grown) and not contradicts("Dolly In", start, grown)
     aside = square(140, 100, 20), square(180, 100, 40)  # twice as near: 40 pixels off the centre become 80
-    assert not gd.contradicts("Pan Right and Dolly In", *aside)
-    assert not gd.contradicts("Pan Left and Dolly In", *aside)
+    assert not contradicts("Pan Right and Dolly In", *aside)
+    assert not contradicts("Pan Left and Dolly In", *aside)
 
 
 def test_true_labels_are_hardly_ever_contradicted(clips):
     """The toy's own camera labels pass, their opposites do not."""
     passed, caught, count = 0, 0, 0
     for clip in clips:
-        for start, end, label in clip["camera"]:
-            masks = clip["masks"][clip["static"][0]][[start, end]]
+        for start, end, label in clip.camera:
+            masks = clip.masks[clip.static[0]][[start, end]]
             if masks.mean((1, 2)).min() < 0.005 or "Roll" in label:
                 continue
             count += 1
-            passed += not gd.contradicts(label, *masks)
-            caught += gd.contradicts(gd.opposite(label), *masks)
+            passed += not contradicts(label, *masks)
+            caught += contradicts(gd.opposite(label), *masks)
     assert count > 15 and passed >= 0.95 * count and caught >= 0.9 * count
 
 
@@ -288,13 +324,13 @@ def agreement(clips, has_depth=False):
     """Labels read from masks, poses and depth against the toy's truth: Counter of (ask, label, verdict)."""
     seen = Counter()
     for clip in clips:
-        for thing in clip["moving"]:
-            masks = clip["masks"][thing] & gd.consistent(clip["masks"][thing])[:, None, None]
+        for thing in clip.moving:
+            masks = clip.masks[thing] & consistent(clip.masks[thing])[:, None, None]
             if masks.any((1, 2)).sum() < len(masks):
                 continue  # the truth is that of all frames
-            notes = notes_of(clip | {"moving": [thing]}) | ({"depths": depths_of(clip)} if has_depth else {})
-            facts = gd.object_facts(masks, notes)
-            truth = gd.path_labels(clip["facts"][thing]["path"], clip["pos"], clip["rot"])
+            notes = notes_of(clip) | ({"depths": depths_of(clip)} if has_depth else {})
+            facts = object_labels(masks, notes, TOY.HFOV)
+            truth = path_labels(thing_path(clip, thing), clip.scene.pos, clip.scene.rot)
             for ask in ("direction", "distance"):
                 verdict = "unasked" if ask not in facts else "right" if facts[ask] == truth[ask] else "wrong"
                 seen[ask, truth[ask], verdict if truth[ask] else "unclear"] += 1
@@ -330,8 +366,8 @@ def test_depth_is_the_median_inside_the_mask():
     mask = np.zeros((4, 8), bool)
     mask[:2, 2:] = True  # covers columns 1 to 3 of the first row of the map
     depth = np.array([[50, 2, 3, 90], [50, 50, 50, 50.0]])
-    assert gd.depth_inside(depth, mask) == 3
-    assert gd.depth_inside(np.where(depth == 90, np.nan, depth), mask) == 2.5
+    assert depth_inside(depth, mask) == 3
+    assert depth_inside(np.where(depth == 90, np.nan, depth), mask) == 2.5
 
 
 class StandIn:
@@ -414,9 +450,9 @@ def test_a_travelling_camera_needs_agreement():
         mask[15:25, left : left + 10] = True
     poses = np.tile([0, 0, 0, 0, 0, 0, 1.0], (4, 1))
     poses[:, 0] = [0, -1, -2, -3]  # the camera goes right by 3
-    assert "direction" not in gd.object_facts(masks, {"poses": poses})
-    assert gd.object_facts(masks, {"poses": poses[[0] * 4]})["direction"] == "Moving Left"
-    assert gd.object_facts(masks, {})["ask"] == ["box", "distance"]  # no poses: no direction
+    assert "direction" not in object_labels(masks, {"poses": poses}, TOY.HFOV)
+    assert object_labels(masks, {"poses": poses[[0] * 4]}, TOY.HFOV)["direction"] == "Moving Left"
+    assert list(object_labels(masks, {}, TOY.HFOV)) == ["distance"]  # no poses: no direction
 
 
 # ---------------------------------------------------------------- the whole stage
@@ -428,14 +464,14 @@ def test_a_miniature_spatialvid_becomes_rows(world, clips, monkeypatch, tmp_path
     everything = rows["train"] + rows["test"]
     told = capsys.readouterr().out
     assert re.search(r"decoded: 112 frames, [1-9]\d*\.\d frames/s/worker", told)
-    count = 112 + sum(gd.FRAMES for clip in clips[:14] if clip["camera"])  # the landmark's masks as well
+    count = 112 + sum(TOY.FRAMES for clip in clips[:14] if clip.camera)  # the landmark's masks as well
     assert re.search(rf"segmented: {count} masks, [1-9]\d*\.\d masks/s/worker", told), told
     assert "annotator:" not in told
     asked = Counter(row["subtask"] for row in everything)
     assert sum(asked.values()) > 14 and {"camera_single", "object_direction"} <= set(asked)
     for row in everything:
         clip = clips[int(row["video"].split("/")[1][:4])]
-        assert row["times"] == clip["times"] and len(row["image_input"]) == gd.FRAMES
+        assert row["times"] == clip.times and len(row["image_input"]) == TOY.FRAMES
         options = dict(re.findall(r"^([A-D])\. (.*)$", row["text_input"], flags=re.M))
         assert "Stay" not in options.values() and "CW" not in str(options)
         assert (
@@ -443,24 +479,24 @@ def test_a_miniature_spatialvid_becomes_rows(world, clips, monkeypatch, tmp_path
         )
         if row["subtask"].startswith("camera"):
             start, end = (int(number) for number in row["id"].rpartition("_")[2].split("->"))
-            assert (start, end, label_of(row)) in clip["camera"]
-            cue = gd.static_cue(*clip["masks"][clip["static"][0]][[start, end]])
+            assert (start, end, label_of(row)) in clip.camera
+            cue = gd.static_cue(*clip.masks[clip.static[0]][[start, end]])
             assert np.allclose(row["static_cue"], cue, atol=0.02) and row["contradicted"] is False
-            assert clip["static"][0] in row["text_output"]
+            assert clip.static[0] in row["text_output"]
         else:
-            assert clip["moving"][0] in row["text_input"]
+            assert clip.moving[0] in row["text_input"]
     for split in rows:
         read = read_rows(tmp_path / "out" / f"{split}_imagery.jsonl")
-        frame = np.asarray(Image.open(read[0]["image_input"][3])).astype(int)
+        frame = np.asarray(Image.open(read[0].image_input[3])).astype(int)
         clip = clips[int(rows[split][0]["video"].split("/")[1][:4])]
-        assert np.abs(frame - clip["frames"][3]).mean() < 12  # the annotated frame, not its neighbour
-        assert np.abs(frame - clip["frames"][0]).mean() > np.abs(frame - clip["frames"][3]).mean()
+        assert np.abs(frame - clip.frames[3]).mean() < 12  # the annotated frame, not its neighbour
+        assert np.abs(frame - clip.frames[0]).mean() > np.abs(frame - clip.frames[3]).mean()
 
 
 @pytest.mark.parametrize("ending", [".npz", ".zip"])
 def test_the_stage_asks_more_where_depth_is_given(clips, monkeypatch, tmp_path, ending):
     """Depth maps at half the frames' size: every key is the toy's truth, also where the camera travels."""
-    chosen = [clip for clip in clips if clip["moving"] and clip["camera"] and not clip["static"][1:]][:8]
+    chosen = [clip for clip in clips if clip.moving and clip.camera and not clip.static[1:]][:8]
     for number, clip in enumerate(chosen):
         write_clip(tmp_path / "in", f"g/{number}_a", clip, notes_of(clip))
     before = generate(monkeypatch, tmp_path / "in", tmp_path / "without", "WORKERS=1", "MAX_SIDE=84")
@@ -473,8 +509,8 @@ def test_the_stage_asks_more_where_depth_is_given(clips, monkeypatch, tmp_path, 
             ask = row["subtask"].removeprefix("object_")
             if ask in ("direction", "distance"):
                 clip = chosen[int(row["video"][2])]
-                path = clip["facts"][clip["moving"][0]]["path"]
-                truth = gd.path_labels(path, clip["pos"], clip["rot"])[ask]
+                path = thing_path(clip, clip.moving[0])
+                truth = path_labels(path, clip.scene.pos, clip.scene.rot)[ask]
                 found.setdefault(name, []).append(label_of(row) == truth or truth is None)
     assert all(found["after"]) and len(found["after"]) > len(found["before"]) > 0
 
@@ -492,13 +528,13 @@ def test_a_depth_map_too_few_is_a_clip_left_out(clips, monkeypatch, tmp_path, ca
 
 def test_contradicted_labels_are_dropped_or_flagged(clips, monkeypatch, tmp_path, capsys):
     """A label turned round: dropped with its clip named; DROP_CONTRADICTED=False keeps and flags it."""
-    chosen = [clip for clip in clips if clip["camera"] and "Pan" in str(clip["camera"]) and clip["static"]]
-    chosen = [clip for clip in chosen if len(clip["camera"]) == 1 and "Roll" not in str(clip["camera"])]
-    chosen = [clip for clip in chosen if gd.consistent(clip["masks"][clip["static"][0]])[[0, -1]].all()][:3]
+    chosen = [clip for clip in clips if clip.camera and "Pan" in str(clip.camera) and clip.static]
+    chosen = [clip for clip in chosen if len(clip.camera) == 1 and "Roll" not in str(clip.camera)]
+    chosen = [clip for clip in chosen if consistent(clip.masks[clip.static[0]])[[0, -1]].all()][:3]
     for number, clip in enumerate(chosen):
         notes = notes_of(clip)
         if number == 1:
-            wrong = clip | {"camera": [(*part[:2], gd.opposite(part[2])) for part in clip["camera"]]}
+            wrong = replace(clip, camera=[(*part[:2], gd.opposite(part[2])) for part in clip.camera])
             notes["instructions"] = notes_of(wrong)["instructions"]
         write_clip(tmp_path / "in", f"group_0/{'abc'[number]}", clip, notes)
     for drop in (True, False):
@@ -516,15 +552,12 @@ def test_contradicted_labels_are_dropped_or_flagged(clips, monkeypatch, tmp_path
 def test_bad_clips_are_counted_and_named(clips, monkeypatch, tmp_path, capsys):
     """Truncated, empty, audio-only, one-frame and odd-sized videos, broken annotations, equal names."""
     av = pytest.importorskip("av")
-    good = [clip for clip in clips if clip["camera"] and clip["static"]][:4]
+    good = [clip for clip in clips if clip.camera and clip.static][:4]
     for number, name in enumerate(["g1/same", "g2/same", "g1/odd størrelse", "g1/short"]):
         clip = good[number]
         if "odd" in name:
-            small = {
-                "frames": clip["frames"][:, :55, :53],
-                "masks": {n: m[:, :55, :53] for n, m in clip["masks"].items()},
-            }
-            clip = clip | small
+            masks = {n: m[:, :55, :53] for n, m in clip.masks.items()}
+            clip = replace(clip, frames=clip.frames[:, :55, :53], masks=masks)
         write_clip(tmp_path / "in", name, clip, notes_of(clip))
     videos, notes = tmp_path / "in/videos", tmp_path / "in/annotations"
     for name in ("cut", "empty", "audio", "one", "nopose", "long", "words", "mask"):
@@ -539,7 +572,7 @@ def test_bad_clips_are_counted_and_named(clips, monkeypatch, tmp_path, capsys):
         sound.rate = 16000
         container.mux(stream.encode(sound))
         container.mux(stream.encode())
-    write_video(videos / "g1/one.mp4", good[0]["frames"][:1])
+    write_video(videos / "g1/one.mp4", good[0].frames[:1])
     (notes / "g1/nopose/poses.npy").unlink()
     lines = [f"{number} {number % 8}" for number in range(51)]
     (notes / "g1/long/indexes.txt").write_text("\n".join(lines))
@@ -568,9 +601,9 @@ def test_bad_clips_are_counted_and_named(clips, monkeypatch, tmp_path, capsys):
 
 def test_a_folder_of_videos_has_object_questions_alone(clips, monkeypatch, tmp_path):
     """SOURCE="videos": frames at SAMPLE_FPS with their times; masks beside the mp4, no poses needed."""
-    for number, clip in enumerate([clip for clip in clips if clip["moving"] and not clip["camera"]][:4]):
+    for number, clip in enumerate([clip for clip in clips if clip.moving and not clip.camera][:4]):
         folder = write_clip(tmp_path / "made", f"{number}", clip, notes_of(clip))
-        write_video(tmp_path / f"in/clip {'abcd'[number]}.mp4", np.repeat(clip["frames"], 5, 0), 10)
+        write_video(tmp_path / f"in/clip {'abcd'[number]}.mp4", np.repeat(clip.frames, 5, 0), 10)
         shutil.copytree(folder / "masks_dynamic", tmp_path / f"in/clip {'abcd'[number]}/masks_dynamic")
     words = (f"VIDEOS={tmp_path / 'in'}", f"OUT={tmp_path / 'out'}", "SAMPLE_FPS=2", "WORKERS=1")
     run_script(monkeypatch, "generate_data.py", "SOURCE=videos", "SEGMENTER=files", *words)
@@ -582,9 +615,9 @@ def test_a_folder_of_videos_has_object_questions_alone(clips, monkeypatch, tmp_p
 
 def test_long_videos_become_windows(clips, monkeypatch, tmp_path):
     """Windows of WINDOW frames overlap by half; mask images count the frames of the whole video."""
-    for number, clip in enumerate([clip for clip in clips if clip["moving"] and not clip["camera"]][:2]):
+    for number, clip in enumerate([clip for clip in clips if clip.moving and not clip.camera][:2]):
         folder = write_clip(tmp_path / "made", f"{number}", clip, notes_of(clip))
-        write_video(tmp_path / f"in/{'ab'[number]}.mp4", np.repeat(clip["frames"], 5, 0), 10)
+        write_video(tmp_path / f"in/{'ab'[number]}.mp4", np.repeat(clip.frames, 5, 0), 10)
         shutil.copytree(folder / "masks_dynamic", tmp_path / f"in/{'ab'[number]}/masks_dynamic")
     words = (
         f"VIDEOS={tmp_path / 'in'}",
@@ -670,7 +703,7 @@ def test_one_moving_region_is_followed(tmp_path):
 
 def test_dynamic_masks_make_object_questions(clips, monkeypatch, tmp_path, capsys):
     """SEGMENTER="dyn": the moving object's mask is the toy's; the landmark is an image's or none."""
-    chosen = [clip for clip in clips if len(clip["moving"]) == 1][:6]
+    chosen = [clip for clip in clips if len(clip.moving) == 1][:6]
     for number, clip in enumerate(chosen):
         write_clip(tmp_path / "in", f"g/{number}_a", clip, notes_of(clip))
     for has_landmark in (True, False):
@@ -682,11 +715,12 @@ def test_dynamic_masks_make_object_questions(clips, monkeypatch, tmp_path, capsy
         assert asked == ({"camera", "object"} if has_landmark else {"object"})
         for row in everything:
             clip, name = chosen[int(row["video"][2])], row["image_output"][0]
-            thing, t = clip["static" if "static" in name else "moving"][0], int(name[-8:-4])
+            things = clip.static if "static" in name else clip.moving
+            thing, t = things[0], int(name[-8:-4])
             marked, frame = (
                 np.asarray(Image.open(out / n)).astype(int) for n in (name, row["image_input"][t])
             )
-            assert ((np.abs(marked - frame).max(-1) > 40) & ~clip["masks"][thing][t]).mean() < 0.02
+            assert ((np.abs(marked - frame).max(-1) > 40) & ~clip.masks[thing][t]).mean() < 0.02
         for folder in (tmp_path / "in/annotations").rglob("masks_static"):
             shutil.rmtree(folder)
 
@@ -713,7 +747,7 @@ def test_motion_masks_follow_the_square_and_the_background():
     masks, shifts = segment_motion.masks(frames, "", [], ""), segment_motion.global_shifts(frames.mean(-1))
     assert shifts[:, 1].tolist() == [2 * t for t in range(8)] and not shifts[:, 0].any()
     for t in (0, 7):
-        x, y, area = gd.where(masks[[t]])
+        x, y, area = centroid_and_area(masks[[t]], TOY.HIDDEN_AREA)
         assert abs(x * 160 - (41 + 10 * t)) < 4 and abs(y * 120 - 21) < 4 and 0.02 < area < 0.06
 
 
@@ -728,27 +762,27 @@ def test_largest_regions_are_connected():
     assert not segment_motion.largest_regions(mask & False).any()
 
 
-def test_a_region_that_jumps_in_size_is_no_object(monkeypatch, tmp_path):
+def test_a_region_that_jumps_in_size_is_no_object(tmp_path):
     """The square for three frames, half the picture in the fourth: no mask at all, not three of four."""
-    monkeypatch.setattr(gd, "SEGMENTER", "motion")
-    clip = {"frames": moving_square(8, 0, 0, count=8)}
-    assert not gd.real_clip(clip, {}, tmp_path, 0) and clip["masks"]["moving object"].any((1, 2)).all()
-    clip["frames"][3, :, 80:] = 255
-    assert gd.real_clip(clip, {}, tmp_path, 0) and not clip["moving"]
+    c = constants(SEGMENTER="motion")
+    shot = shot_of(moving_square(8, 0, 0, count=8), {}, tmp_path)
+    clip, reasons = gd.real_clip(c, shot)
+    assert not reasons and clip.masks["moving object"].any((1, 2)).all()
+    shot.frames[3, :, 80:] = 255
+    clip, reasons = gd.real_clip(c, shot)
+    assert reasons and not clip.moving
 
 
 def test_windows_stay_inside_a_shot():
     """Cuts at 3 and at 13 of 19 frames: three frames are no clip, windows of eight start at a cut."""
     frames = np.zeros((19, 4, 4, 3), np.uint8)
     frames[3:13] = 200
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gd, "WINDOW", 8)
-        assert [part.tolist() for part in gd.windows(frames)] == [
-            list(range(3, 11)),
-            list(range(7, 13)),
-            list(range(13, 19)),
-        ]
-    assert gd.windows(frames[:3]) == []
+    assert [part.tolist() for part in split_into_windows(frames, 8, TOY.MAX_JUMP)] == [
+        list(range(3, 11)),
+        list(range(7, 13)),
+        list(range(13, 19)),
+    ]
+    assert split_into_windows(frames[:3], 8, TOY.MAX_JUMP) == []
 
 
 def test_motion_finds_objects_in_plain_videos(monkeypatch, tmp_path, capsys):
@@ -775,7 +809,7 @@ def test_motion_finds_objects_in_plain_videos(monkeypatch, tmp_path, capsys):
             split_of.setdefault(row["video"].rpartition("_")[0], set()).add(split)
     assert all(len(splits) == 1 for splits in split_of.values())
     made = read_rows(tmp_path / "real/test_imagery.jsonl")
-    assert Image.open(made[0]["image_input"][0]).size == (96, 72)
+    assert Image.open(made[0].image_input[0]).size == (96, 72)
     with pytest.raises(SystemExit) as done:
         run_script(monkeypatch, "generate_data.py", *words)
     assert done.value.code == 0
@@ -787,32 +821,33 @@ def test_motion_takes_the_camera_out_by_poses_where_there_are_any(monkeypatch, t
     monkeypatch.setattr(
         segment_motion, "global_shifts", lambda grey: called.append(1) or np.zeros((len(grey), 2), int)
     )
-    clip = {"frames": moving_square(8, 0, 0, count=8)}
-    monkeypatch.setattr(gd, "SEGMENTER", "motion")
     poses = np.tile([0, 0, 0, 0, 0, 0, 1.0], (8, 1))
-    gd.real_clip(clip, {"poses": poses, "instructions": {"0->7": ["Pan Left"]}}, tmp_path, 0)
-    assert len(called) == 1 and clip["camera"] == [] and clip["static"] == []  # only the masks asked for it
-    assert clip["facts"]["moving object"]["direction"] == "Moving Right"
+    notes = {"poses": poses, "instructions": {"0->7": ["Pan Left"]}}
+    shot = shot_of(moving_square(8, 0, 0, count=8), notes, tmp_path)
+    clip, _ = gd.real_clip(constants(SEGMENTER="motion"), shot)
+    assert len(called) == 1 and clip.camera == [] and clip.static == []  # only the masks asked for it
+    assert clip.facts["moving object"]["direction"] == "Moving Right"
 
 
 def test_scenes_share_a_split(tmp_path):
     """Files named alike before the last "_" stay together; a single scene is refused."""
     for name in ("car_1.mp4", "car_2.mp4", "bike.mp4", "dog.mp4"):
         (tmp_path / name).touch()
-    jobs = gd.list_videos(tmp_path)
-    split_of = {Path(path).stem: split for split, _, path in jobs}
+    jobs = list_videos(str(tmp_path), "", TOY.SEED, TOY.HELD_OUT)
+    split_of = {Path(job.path).stem: job.split for job in jobs}
     assert split_of["car_1"] == split_of["car_2"] and set(split_of.values()) == {"train", "test"}
     (tmp_path / "ant.mp4").touch()
-    numbers = {path: number for _, number, path in gd.list_videos(tmp_path)}
-    assert all(numbers[path] == number for _, number, path in jobs)  # a file more renames no clip
+    more = list_videos(str(tmp_path), "", TOY.SEED, TOY.HELD_OUT)
+    numbers = {job.path: job.number for job in more}
+    assert all(numbers[job.path] == job.number for job in jobs)  # a file more renames no clip
 
 
 def test_one_scene_is_held_out_from_itself_and_said_so(tmp_path, capsys):
     """A folder of one scene: its first video is in both splits, and the run says what that means."""
     for name in ("car_1.mp4", "car_2.mp4"):
         (tmp_path / name).touch()
-    jobs = gd.list_videos(tmp_path)
-    assert [(split, Path(path).stem) for split, _, path in jobs] == [
+    jobs = list_videos(str(tmp_path), "", TOY.SEED, TOY.HELD_OUT)
+    assert [(job.split, Path(job.path).stem) for job in jobs] == [
         ("train", "car_1"),
         ("train", "car_2"),
         ("test", "car_1"),
@@ -822,12 +857,11 @@ def test_one_scene_is_held_out_from_itself_and_said_so(tmp_path, capsys):
 
 def test_one_name_for_two_objects_mixes_no_masks(clips, monkeypatch, tmp_path):
     """objects.json names both "red thing": the moving object's overlays still show the moving object."""
-    clip = next(clip for clip in clips if clip["static"] and clip["moving"] and clip["camera"])
+    clip = next(clip for clip in clips if clip.static and clip.moving and clip.camera)
     notes = notes_of(clip)
     folder = write_clip(tmp_path, "a", clip, notes)
     names = {"static_object": "red thing", "dynamic_object": "red thing"}
-    made = {"frames": clip["frames"]}
-    gd.real_clip(made, notes | {"objects": names}, folder, 0)
+    made, _ = gd.real_clip(TOY, shot_of(clip.frames, notes | {"objects": names}, folder))
     for kind in ("static", "moving"):
-        truth = clip["masks"][clip[kind][0]]
-        assert (made["masks"][made[kind][0]] & ~truth).sum() == 0
+        truth = clip.masks[getattr(clip, kind)[0]]
+        assert (made.masks[getattr(made, kind)[0]] & ~truth).sum() == 0

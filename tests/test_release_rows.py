@@ -7,7 +7,7 @@ import pytest
 from helpers import draw_image, run_script
 from safetensors.torch import load_file
 
-from model import newest_checkpoint
+from lib.checkpoints import newest_checkpoint
 
 
 @pytest.fixture(scope="module")

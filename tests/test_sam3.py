@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers import refused
 
-import segment_sam3
+from lib.segmenters import sam3
 
 
 def test_sam3_from_text_to_masks(monkeypatch):
@@ -52,13 +52,13 @@ def test_sam3_from_text_to_masks(monkeypatch):
         ids = torch.tensor([[1, 5, 7, 2] + [0] * 28])
         return transformers.BatchEncoding({"input_ids": ids, "attention_mask": (ids > 0).long()})
 
-    monkeypatch.setattr(segment_sam3, "load", lambda folder: (model, tokenizer))
+    monkeypatch.setattr(sam3, "load", lambda folder: (model, tokenizer))
     frames = np.random.default_rng(0).integers(0, 255, (3, 40, 60, 3), dtype=np.uint8)
-    masks = segment_sam3.masks(frames, "red box", [], "")
+    masks = sam3.masks(frames, "red box", [], "")
     assert masks.shape == (3, 40, 60) and masks.dtype == bool and masks.any()
     assert told == [("red box", 32, "max_length")]
 
 
 def test_missing_weights_are_one_sentence(tmp_path):
     """A folder without SAM3 ends the run and is named; it is not counted as an unreadable clip."""
-    refused(lambda: segment_sam3.load(str(tmp_path)), "WEIGHTS=", str(tmp_path))
+    refused(lambda: sam3.load(str(tmp_path)), "WEIGHTS=", str(tmp_path))

@@ -1,22 +1,20 @@
-"""SpatialVID's annotation files, read into arrays and texts; README, "Real video", lists them."""
+"""SpatialVID's annotation files, read into arrays and texts; docs/data.md lists them."""
 
 import io
-import json
 import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from lib.files import read_json
+
+CAPTION_FIELDS = ("SceneSummary", "SceneDescription", "SceneDesc")
+
 
 def read_indexes(path):
     """indexes.txt -> numbers of the video's frames (T,)."""
     return np.loadtxt(path, int, ndmin=2)[:, 1]
-
-
-def read_json(path):
-    """A json file -> what it holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_exr_depths(path):
@@ -41,9 +39,15 @@ def read_array_depths(path):
         return arrays[arrays.files[0]]
 
 
-READERS = {"indexes.txt": read_indexes, "poses.npy": np.load, "intrinsics.npy": np.load}
-READERS |= {"instructions.json": read_json, "objects.json": read_json}
-DEPTHS = {".zip": read_exr_depths, ".npz": read_array_depths, ".npy": read_array_depths}
+NOTE_READERS = {
+    "indexes.txt": read_indexes,
+    "poses.npy": np.load,
+    "intrinsics.npy": np.load,
+    "instructions.json": read_json,
+    "objects.json": read_json,
+}
+OPTIONAL = ("objects.json",)  # not SpatialVID's own
+DEPTH_READERS = {".zip": read_exr_depths, ".npz": read_array_depths, ".npy": read_array_depths}
 
 
 def read_notes(folder, depths, is_whole):
@@ -52,28 +56,37 @@ def read_notes(folder, depths, is_whole):
     depths: path of the depth maps without its ending, or they stand in the folder; is_whole: all but names
     and depths must be there.
     """
-    needed = list(READERS)[:-1] if is_whole else []
-    names = [name for name in READERS if name in needed or (folder / name).exists()]
-    notes = {name.split(".")[0]: READERS[name](folder / name) for name in names}
-    places = [Path(f"{base}{ending}") for base in (depths, folder / "depths") for ending in DEPTHS]
-    path = next((path for path in places if path.exists()), None)
-    return notes | ({"depths": DEPTHS[path.suffix](path)} if path else {})
+    notes = {}
+    for name, read in NOTE_READERS.items():
+        is_needed = is_whole and name not in OPTIONAL
+        if is_needed or (folder / name).exists():
+            notes[name.split(".")[0]] = read(folder / name)
+    candidates = [Path(f"{base}{ending}") for base in (depths, folder / "depths") for ending in DEPTH_READERS]
+    found = [path for path in candidates if path.exists()]
+    if found:
+        notes["depths"] = DEPTH_READERS[found[0].suffix](found[0])
+    return notes
+
+
+def is_annotated(notes):
+    """Whether there is more than names of objects: then the frames of the notes are the clip."""
+    return any(name != "objects" for name in notes)
+
+
+def has_one_note_per_frame(notes, count):
+    """Whether poses, intrinsics and depth maps, where there are any, are as many as the frames."""
+    per_frame = [notes[name] for name in ("poses", "intrinsics", "depths") if name in notes]
+    return all(len(values) == count for values in per_frame)
 
 
 def read_caption(folder):
     """What caption.json says of the scene, summary and description; the keys and the file may be missing."""
     path = folder / "caption.json"
-    said = read_json(path) if path.exists() else {}
-    texts = [str(said[key]) for key in ("SceneSummary", "SceneDescription", "SceneDesc") if said.get(key)]
+    if not path.exists():
+        return "there is none"
+    caption = read_json(path)
+    texts = [str(caption[name]) for name in CAPTION_FIELDS if caption.get(name)]
     return " ".join(texts) or "there is none"
-
-
-def cameras(poses):
-    """World-to-camera poses (T, 7) in OpenCV axes -> pos (T, 3), rot (T, 3, 3) columns right, up, forward."""
-    quaternion = poses[:, 3:] / np.linalg.norm(poses[:, 3:], axis=1, keepdims=True)  # x, y, z, w
-    cross = -np.cross(quaternion[:, None, :3], np.eye(3))  # (T, 3, 3), the matrix of v x
-    turn = np.eye(3) + 2 * quaternion[:, 3, None, None] * cross + 2 * cross @ cross  # world to camera
-    return -np.einsum("tji,tj->ti", turn, poses[:, :3]), turn.transpose(0, 2, 1) * [1, -1, 1]
 
 
 def camera_segments(instructions, count, moves):
@@ -83,9 +96,10 @@ def camera_segments(instructions, count, moves):
     """
     segments = []
     for span, labels in instructions.items():
-        start, end = (min(int(number), count - 1) for number in span.split("->"))
+        start, end = [min(int(number), count - 1) for number in span.split("->")]
         spelled = {label.replace("CCW", "Counter-Clockwise").replace("CW", "Clockwise") for label in labels}
         named = sorted(spelled - {"Stay"}, key=moves.index)
-        if start < end and named and len({moves.index(name) // 2 for name in named}) == len(named):
+        axes = {moves.index(name) // 2 for name in named}
+        if start < end and named and len(axes) == len(named):
             segments.append((start, end, " and ".join(named)))
     return segments

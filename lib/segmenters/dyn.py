@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 # as with masks from motion, the background's shift stands in for poses where there are none
-from segment_motion import global_shifts, number_regions  # noqa: F401
+from lib.segmenters.motion import global_shifts, number_regions  # noqa: F401
 
 LANDMARKS = False  # the file holds what moves, not what stands still
 COARSE = 96  # longer side at which regions are told apart, pixels
@@ -16,8 +16,10 @@ def read_mask(packed, number):
     shape [2, 3], indptr [0, 2, 3], indices [0, 2, 1], data [1, 1, 1] -> [[1, 0, 1], [0, 1, 0]]
     """
     mask = np.zeros(packed["shape"][-2:], bool)
-    rows = np.repeat(np.arange(len(mask)), np.diff(packed[f"f_{number}_indptr"]))
-    mask[rows, packed[f"f_{number}_indices"]] = packed[f"f_{number}_data"] > 0
+    counts = np.diff(packed[f"f_{number}_indptr"])
+    rows = np.repeat(np.arange(len(mask)), counts)
+    columns = packed[f"f_{number}_indices"]
+    mask[rows, columns] = packed[f"f_{number}_data"] > 0
     return mask
 
 
@@ -30,18 +32,21 @@ def most_common(numbers):
 def follow(numbers, start):
     """Regions' numbers (T, H, W), 0 outside -> the largest of frame `start`, and what overlaps it."""
     chosen = (numbers > 0) & (numbers == most_common(numbers[start]))
-    for steps in (range(start + 1, len(numbers)), range(start - 1, -1, -1)):
-        last = chosen[start]
-        for t in steps:
-            if number := most_common(numbers[t][last]):
-                chosen[t] = last = numbers[t] == number
+    onwards, backwards = range(start + 1, len(numbers)), range(start - 1, -1, -1)
+    for frames in (onwards, backwards):
+        previous = chosen[start]
+        for t in frames:
+            number = most_common(numbers[t][previous])
+            if number:
+                chosen[t] = numbers[t] == number
+                previous = chosen[t]
     return chosen
 
 
-def resize(masks, size, how):
+def resize(masks, size, filter):
     """masks (T, h, w) -> shares 0..1 of each pixel (T, H, W) at the size (W, H)."""
     images = [Image.fromarray(mask.astype(np.float32)) for mask in masks]
-    return np.stack([np.asarray(image.resize(size, how)) for image in images])
+    return np.stack([np.asarray(image.resize(size, filter)) for image in images])
 
 
 def masks(frames, phrase, files, weights):
@@ -50,11 +55,15 @@ def masks(frames, phrase, files, weights):
     It is the one with most pixels over time: what is large but there only once does not win. Regions are told
     apart on a coarse grid, where a cell is in if any of its pixels is: narrower gaps do not part a region.
     """
+    numbers_in_video = [int(path.stem.rpartition("_")[2]) for path in files]
     with np.load(files[0].parent.parent / "dyn_masks.npz") as packed:
-        read = [read_mask(packed, int(path.stem.rpartition("_")[2])) for path in files]
-    size = frames.shape[2], frames.shape[1]
-    small = [max(1, round(side * min(1, COARSE / max(size)))) for side in size]
-    fine = resize(read, size, Image.BILINEAR) > 0.5
-    numbers = number_regions(resize(fine, small, Image.BOX) > 0)
-    chosen = max((follow(numbers, start) for start in range(len(numbers))), key=np.sum)
-    return fine & (resize(chosen, size, Image.NEAREST) > 0)
+        stored = [read_mask(packed, number) for number in numbers_in_video]
+
+    size = frames.shape[2], frames.shape[1]  # width, height
+    scale = min(1, COARSE / max(size))
+    coarse_size = [max(1, round(side * scale)) for side in size]
+    fine = resize(stored, size, Image.Resampling.BILINEAR) > 0.5
+    regions = number_regions(resize(fine, coarse_size, Image.Resampling.BOX) > 0)
+    followed = [follow(regions, start) for start in range(len(regions))]
+    chosen = max(followed, key=np.sum)
+    return fine & (resize(chosen, size, Image.Resampling.NEAREST) > 0)

@@ -1,0 +1,162 @@
+"""Rows: the questions of a jsonl file, in the release's DIFT or 4DRL schema, read into one shape."""
+
+import functools
+import json
+import os
+import random
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lib.command_line import require
+
+PLACEHOLDER = "<output_image>"  # in a row's text_output: here stands an overlay
+LETTERS = "ABCDEF"  # of options
+# a latent block in decoded text: group 1 holds its latents, group 2 its end, None where it was cut off
+LATENT_BLOCK = re.compile(r"<\|latent_start\|>((?:<\|latent_pad\|>)*)(<\|latent_end\|>)?")
+
+
+@dataclass
+class Row:
+    """A question as it was read. Its first fields have the release's names."""
+
+    id: str
+    text_input: str  # the question and its options
+    text_output: str = ""  # chain of thought and answer; "" in 4DRL rows
+    image_input: list = field(default_factory=list)  # frame files, absolute paths
+    image_output: list = field(default_factory=list)  # an overlay file for each placeholder
+    times: list = field(default_factory=list)  # seconds of each frame
+    subtask: str = "all"
+    clip: str = ""  # the clip that the question is about
+    key: str | None = None  # the right letter; all right letters of a benchmark's question, such as "AC"
+    options: dict = field(default_factory=dict)  # {"A": "left", ...}
+    video: str = ""  # video file of a row that has no frames yet
+    source: str = ""  # "file:line", for error sentences
+    supervise: str = "all"  # all | letters: which of the answer's tokens the text loss sees
+    skip_reason: str = ""  # why a benchmark's question cannot be asked
+    release_fields: dict = field(default_factory=dict)  # what the release writes beside an answer (DSR)
+
+
+def read_rows(path, limit=None):
+    """Reads a DIFT or 4DRL jsonl -> [Row]; exits with "file:line: ..." on the first bad one."""
+    path = Path(path)
+    require(path.is_file(), f"There is no file {path}; make it with generate_data.py or set DATA.")
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip() or len(rows) == limit:
+            continue
+        source = f"{path}:{number}"
+        try:
+            raw = json.loads(line)
+        except ValueError as error:  # of JSON or of UTF-8
+            sys.exit(f"{source}: not valid JSON ({error}); correct or delete the line.")
+        require(isinstance(raw, dict), f"{source}: a row must be a JSON object.")
+        rows.append(to_row(raw, source, path.parent))
+    require(rows, f"{path} holds no rows; make it again with generate_data.py.")
+    return rows
+
+
+def to_row(raw, source, folder):
+    """One JSON object of the DIFT or 4DRL schema -> Row; paths count from the folder."""
+    if "Question" in raw:
+        raw = from_4drl_schema(raw, source)
+    kinds = {"text_input": str, "text_output": str, "image_input": list, "image_output": list}
+    for name, kind in kinds.items():
+        correct = isinstance(raw.get(name), kind)
+        require(correct, f"{source}: '{name}' is missing or not a {kind.__name__}.")
+    question, text = raw["text_input"], raw["text_output"]
+
+    images = {}
+    for name in ("image_input", "image_output"):
+        are_paths = all(type(path) is str for path in raw[name])
+        require(are_paths, f"{source}: '{name}' must hold paths, got {raw[name]}.")
+        images[name] = [find_file(path, folder, source) for path in raw[name]]
+    frames, overlays = images["image_input"], images["image_output"]
+
+    placeholders = text.count(PLACEHOLDER)
+    matches = placeholders == len(overlays) or not text
+    counts = f"text_output has {placeholders} {PLACEHOLDER}, image_output {len(overlays)} files"
+    require(matches, f"{source}: {counts}.")
+
+    video = ""
+    if not frames and raw.get("video_path"):
+        video = str(folder / str(raw["video_path"]))
+    clip = Path(raw["image_input"][0]).parent.parent.name if frames else Path(video).stem
+    answer = re.search(r"<answer>\s*([A-F])\b", text)
+    return Row(
+        id=str(raw.get("id", source)),
+        text_input=question,
+        text_output=text,
+        image_input=frames,
+        image_output=overlays,
+        times=read_times(raw, source, len(frames)),
+        subtask=str(raw.get("subtask", "all")),
+        clip=str(raw.get("clip") or clip),
+        key=raw.get("key") or (answer.group(1) if answer else None),
+        options=dict(re.findall(r"^([A-F])\. (.*)$", question, flags=re.M)),
+        video=video,
+        source=source,
+        supervise=raw.get("supervise", "all"),
+    )
+
+
+def read_times(raw, source, count):
+    """The seconds of a row's frames; those of the release, which has none, are a second apart."""
+    times = raw.get("times") or list(range(count))
+    rising = isinstance(times, list) and all(type(t) in (int, float) for t in times)
+    rising = rising and times == sorted(times)
+    require(rising, f"{source}: 'times' must be a list of rising seconds, got {times}.")
+    require(len(times) == count, f"{source}: {len(times)} times for {count} frames.")
+    return [float(t) for t in times]
+
+
+def from_4drl_schema(raw, source):
+    """A 4DRL row {"Type", "Question", "A".."F", "Correct", "frame_paths"} -> the fields of a DIFT row."""
+    letters = [letter for letter in LETTERS if raw.get(letter) not in (None, "")]
+    key = raw.get("Correct")
+    require(key in letters, f"{source}: the key 'Correct' is {key!r}, the options are {letters}.")
+    frames = raw.get("frame_paths") or []
+    has_video = frames or raw.get("video_path")
+    require(has_video, f"{source}: there is neither 'frame_paths' nor 'video_path'.")
+    lines = []
+    for letter in letters:
+        text = re.sub(rf"^{letter}[.)]\s+", "", str(raw[letter]))
+        lines.append(f"{letter}. {text}")
+    row = {
+        "text_input": f"{raw['Question']}\n\n" + "\n".join(lines),
+        "text_output": "",
+        "image_input": frames,
+        "image_output": [],
+        "subtask": raw.get("Type", "all"),
+        "key": key,
+    }
+    for name in ("id", "times", "clip", "video_path"):
+        if name in raw:
+            row[name] = raw[name]
+    return row
+
+
+def find_file(name, folder, source):
+    """The path as it is, else from the row's file, else without a leading ./data/ (the release's root)."""
+    without_root = re.sub(r"^(\./)?data/", "", name)
+    # a data set has tens of thousands of files: pathlib takes three times as long
+    for candidate in (name, f"{folder}/{name}", f"{folder}/{without_root}"):
+        if os.path.isfile(candidate):
+            return os.path.abspath(candidate)
+    sys.exit(f"{source}: there is no file {name}, neither as written nor beside {folder}.")
+
+
+@functools.lru_cache(2)
+def order_of_epoch(count, epoch, seed):
+    """A shuffle of range(count); kept, for every step of the epoch asks for it."""
+    return random.Random(f"{seed}-{epoch}").sample(range(count), count)
+
+
+def rows_of_step(step, count, batch, seed):
+    """Indices of a step's global batch: a walk through one shuffle per epoch, a function of (seed, step)."""
+    indices = []
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, place = divmod(position, count)
+        indices.append(order_of_epoch(count, epoch, seed)[place])
+    return indices

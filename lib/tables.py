@@ -1,0 +1,41 @@
+"""Files of entries as users have them, whatever their format: benchmarks and lists of questions."""
+
+import csv
+import json
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+
+
+def read_table(path):
+    """A file's entries: parquet, csv, tsv, jsonl or json (a list, a dict of them or of lists) -> [dict].
+
+    Exits with one sentence on a file that is no such table, or on parquet without pyarrow.
+    """
+    if path.suffix == ".parquet" and not find_spec("pyarrow"):
+        sys.exit(f"{path} needs pyarrow: pip install pyarrow.")
+    try:
+        return parse_table(path)
+    except (TypeError, ValueError, csv.Error) as error:
+        sys.exit(f"{path} is no valid {path.suffix[1:]} file ({error}); download it again.")
+
+
+def parse_table(path):
+    """The same, with the errors of the format's own reader."""
+    if path.suffix == ".parquet":
+        return import_module("pyarrow.parquet").read_table(path).to_pylist()
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".csv":
+            return list(csv.DictReader(file))
+        if path.suffix == ".tsv":
+            return list(csv.DictReader(file, delimiter="\t"))
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in file if line.strip()]
+        entries = json.load(file)
+
+    if not isinstance(entries, dict):
+        return list(entries)
+    if all(isinstance(value, list) for value in entries.values()):
+        # DSR-Train: a dict of videos, each with a list of its questions
+        return [{"videoID": name, **entry} for name, questions in entries.items() for entry in questions]
+    return list(entries.values())
