@@ -621,6 +621,7 @@ def load_model(path, device="cpu", K=None, pooling=None, suffix=None, fast=True,
     """
     # what is no Qwen2.5-VL, or has no weights, is refused before anything is loaded
     path = newest_checkpoint(path)
+    settings["prompt_suffix"] = read_suffix(suffix)
     transformers.utils.logging.disable_progress_bar()
     kind = json.loads((path / "config.json").read_text()).get("model_type")
     require(kind == "qwen2_5_vl", f"{path}/config.json says {kind}; this code reads Qwen2.5-VL checkpoints.")
@@ -648,12 +649,13 @@ def load_model(path, device="cpu", K=None, pooling=None, suffix=None, fast=True,
         check_latent_config(qwen.config, latent_ids, path, K, pooling)
     else:
         require(K is not None, f"{path}/config.json has no latent_size; choose a checkpoint of dift.py.")
+        if K > 0:  # an unknown pooling is refused here, not at the first overlay
+            pool_latents(torch.zeros(K * K, qwen.config.text_config.hidden_size), K, pooling, (K, K))
         qwen.config.latent_size = K
         qwen.config.latent_pooling = pooling
         start_token_rows(qwen, len(tokenizer), list(latent_ids.values()))
 
     # settings: what was given, else what the checkpoint has, else the default
-    settings["prompt_suffix"] = read_suffix(suffix)
     for name, default in DEFAULTS.items():
         value = settings.get(name)
         if value is None:
@@ -679,7 +681,8 @@ def check_latent_config(config, latent_ids, path, K, pooling):
     for name, (value, stored) in requested.items():
         agrees = value is None or value == stored
         trained = f"{path} was trained with {name}={stored}, but {name}={value} was requested"
-        require(agrees, f"{trained}; set {name}={stored} or choose another MODEL.")
+        remedy = f"set {name}={stored} or choose another MODEL" if name.isupper() else "choose another MODEL"
+        require(agrees, f"{trained}; {remedy}.")
 
 
 @torch.no_grad()

@@ -89,12 +89,15 @@ def extra_parameters(model):
 
 
 def load_extra_weights(folder, model):
-    """Puts the weights of extra.safetensors into a Thinker that has places for them."""
+    """Puts the weights of extra.safetensors into a Thinker; exits if it has no place for one of them."""
     file = Path(folder) / EXTRA
-    stored = load_file(file) if file.is_file() else {}
-    for name, parameter in extra_parameters(model).items():
-        if name in stored:
-            parameter.data.copy_(stored[name])
+    if not file.is_file():
+        return
+    parameters = extra_parameters(model)
+    for name, stored in load_file(file).items():
+        has_place = f"{file} holds weights '{name}' that this code has no place for"
+        require(name in parameters, f"{has_place}; use the code that trained them.")
+        parameters[name].data.copy_(stored)
 
 
 def load_optimizer(folder, model, optimizer):
@@ -122,8 +125,8 @@ def share_vision(policy, reference, parent, source):
         shapes.append({name: tuple(x.shape) for name, x in model.qwen.state_dict().items()})
     agree = shapes[0] == shapes[1] and policy.K == reference.K and policy.token_id == reference.token_id
     if agree:
-        eyes = zip(policy.qwen.model.visual.parameters(), reference.qwen.model.visual.parameters())
-        agree = all(torch.equal(ours, theirs) for ours, theirs in eyes)
+        pairs = zip(policy.qwen.model.visual.parameters(), reference.qwen.model.visual.parameters())
+        agree = all(torch.equal(ours, theirs) for ours, theirs in pairs)
     differs = f"REFERENCE={source} differs from {parent} in shape, vision, K or tokens"
     require(agree, f"{differs}; choose the checkpoint that {parent} started from.")
     policy.qwen.model.visual = reference.qwen.model.visual

@@ -57,10 +57,16 @@ def parse_constant(key, text, default):
         value = float(value)
     if isinstance(default, tuple) and isinstance(value, list):
         value = tuple(value)
-    allowed = ["int", "float", "NoneType"] if default is None else [type(default).__name__]
-    expected = " or ".join(allowed)
-    require(type(value).__name__ in allowed, f"{key}={text} must be of type {expected}, like {default!r}.")
+    if default is None:
+        is_number = value is None or type(value) in (int, float)
+        require(is_number, f"{key}={text} must be an int, a float or None.")
+        return value
+    expected = type(default).__name__
+    require(type(value) is type(default), f"{key}={text} must be of type {expected}, like {default!r}.")
     if isinstance(default, dict):
         same = set(value) == set(default)
         require(same, f"{key}={text} must have the keys {', '.join(default)}, like {default!r}.")
+        are_numbers = all(type(entry) in (int, float) for entry in value.values())
+        require(are_numbers, f"{key}={text} must hold numbers, like {default!r}.")
+        return {name: float(value[name]) for name in default}
     return value

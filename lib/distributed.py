@@ -1,8 +1,10 @@
 """Several processes under torchrun: joining them, sums over them, DDP and FSDP2. Without torchrun: one."""
 
+import atexit
 import contextlib
 import datetime
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -27,14 +29,19 @@ def init_distributed():
         # nccl gives up after ten minutes: too soon for those that wait while rank 0 writes a large checkpoint
         patience = datetime.timedelta(hours=3)
         dist.init_process_group("nccl" if gpus else "gloo", timeout=patience)
+        atexit.register(end_distributed)
     return rank, world, device
 
 
 def end_distributed():
-    """Leaves the torchrun group, once all have come so far; gloo's threads then hold no tensor any more."""
+    """Leaves the torchrun group; also called when a program ends early.
+
+    DDP and FSDP still refer to the group, so gloo's threads live on and let go of tensors a moment after the
+    last collective: once Python is ending that would abort the process, so it is waited for.
+    """
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
+        time.sleep(0.5)
 
 
 def is_rank0():
@@ -42,10 +49,10 @@ def is_rank0():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def print0(*words, **how):
+def print0(*words, sep=" "):
     """Prints on rank 0 alone, at once."""
     if is_rank0():
-        print(*words, flush=True, **how)
+        print(*words, sep=sep, flush=True)
 
 
 def barrier():
@@ -78,7 +85,11 @@ def wrap_parallel(model, kind, device):
     """
     if not dist.is_initialized():
         return model
-    return shard(model, device) if kind == "fsdp" else nn.parallel.DistributedDataParallel(model)
+    if kind == "fsdp":
+        return shard(model, device)
+    # weights of a pooling have no gradient in a micro-batch without imagery
+    has_extra = any(not name.startswith("qwen.") for name, _ in model.named_parameters())
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=has_extra)
 
 
 def no_sync(model, skip):

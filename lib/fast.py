@@ -75,13 +75,41 @@ def windowed_attention(attention, hidden_states, cu_seqlens, position_embeddings
 # ---------------------------------------------------------------- the language model
 
 
-def embed_tokens(model, ids):
-    """Token ids (B, T) -> embeddings (B, T, D), with a sparse gradient, for tables tied to the head alone.
+class TiedLookup(torch.autograd.Function):
+    """Rows of the table of words, whose gradient waits for the one that the tied head gives the table."""
 
-    Autograd adds it in place to the dense gradient that the head gives the same table, where a dense one
-    would take a second tensor of the table's size.
+    @staticmethod
+    def forward(ctx, weight, ids, waiting):
+        ctx.save_for_backward(ids)
+        ctx.waiting = waiting
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, rows):
+        (ids,) = ctx.saved_tensors
+        ctx.waiting.append((ids.flatten(), rows.flatten(0, 1)))
+        return None, None, None
+
+
+def embed_tokens(model, ids):
+    """Token ids (B, T) -> embeddings (B, T, D), for tables tied to the head alone.
+
+    The gradient's rows are added in place into the dense gradient of the head, just before it is accumulated:
+    autograd would take a second tensor of the table's size.
     """
-    return F.embedding(ids, model.qwen.get_input_embeddings().weight, sparse=torch.is_grad_enabled())
+    weight = model.qwen.get_input_embeddings().weight
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return F.embedding(ids, weight)
+    waiting = []
+
+    def add_rows(gradient):
+        for some_ids, rows in waiting:
+            gradient.index_add_(0, some_ids, rows.to(gradient.dtype))
+        waiting.clear()
+        handle.remove()
+
+    handle = weight.register_hook(add_rows)
+    return TiedLookup.apply(weight, ids, waiting)
 
 
 def text(model, x, positions, is_real=None, cache=None, read=None):

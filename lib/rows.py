@@ -79,6 +79,10 @@ def to_row(raw, source, folder):
     counts = f"text_output has {placeholders} {PLACEHOLDER}, image_output {len(overlays)} files"
     require(matches, f"{source}: {counts}.")
 
+    supervise = raw.get("supervise", "all")
+    known = supervise in ("all", "letters")
+    require(known, f'{source}: \'supervise\' is {supervise!r}; it must be "all" or "letters".')
+
     video = ""
     if not frames and raw.get("video_path"):
         video = str(folder / str(raw["video_path"]))
@@ -97,7 +101,7 @@ def to_row(raw, source, folder):
         options=dict(re.findall(r"^([A-F])\. (.*)$", question, flags=re.M)),
         video=video,
         source=source,
-        supervise=raw.get("supervise", "all"),
+        supervise=supervise,
     )
 
 

@@ -126,7 +126,7 @@ def refused(call, *words):
     with pytest.raises(SystemExit) as stop:
         call()
     sentence = stop.value.code  # a string: printed to stderr, exit code 1
-    assert isinstance(sentence, str) and "\n" not in sentence and sentence.endswith("."), sentence
+    assert isinstance(sentence, str) and "\n" not in sentence and sentence.endswith((".", "?")), sentence
     for word in words:
         assert word in sentence, sentence
     return sentence

@@ -77,7 +77,15 @@ def test_without_a_list_of_words_they_come_from_the_command_line(monkeypatch):
 )
 def test_a_value_of_another_type_is_refused(word):
     name = word.split("=")[0]
-    refused(lambda: constants(word), word, type(script_globals()[name]).__name__)
+    default = script_globals()[name]
+    kind = "an int, a float or None" if default is None else type(default).__name__
+    refused(lambda: constants(word), word, kind)
+
+
+@pytest.mark.parametrize("text", ["{'answer': 'x', 'format': 1}", "{'answer': True, 'format': 1}"])
+def test_a_dict_holds_numbers(text):
+    refused(lambda: constants(f"WEIGHTS={text}"), "must hold numbers")
+    assert constants("WEIGHTS={'answer': 1, 'format': 2}")["WEIGHTS"] == {"answer": 1.0, "format": 2.0}
 
 
 @pytest.mark.parametrize("text", ["{}", "{'answer': 1.0}", "{'answer': 1, 'format': 1, 'more': 1}", "{1: 2}"])
@@ -117,7 +125,7 @@ def test_only_constants_can_be_set(word):
 
 def test_parse_constant_reads_literals_only():
     assert parse_constant("X", "(1, 2)", (0, 0)) == (1, 2)
-    refused(lambda: parse_constant("X", "open('x')", None), "X=open('x')", "int or float")
+    refused(lambda: parse_constant("X", "open('x')", None), "X=open('x')", "an int, a float or None")
 
 
 def test_what_is_required_ends_the_program_where_it_does_not_hold():

@@ -8,23 +8,25 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import N, ROOT, draw_image, forget_last, lively, one_thread, refused, run_script, two_processes
+from helpers import ROOT, draw_image, forget_last, lively, one_thread, refused, run_script, two_processes
 from helpers import write_data
 from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
-import model as model_py
-from dift import describe, dift_loss, log_line, lr_at, measure, micro_batches, narrow, rows_of_step
-from dift import split_files
-from model import Images, collate, encode_row, load_images, load_model, newest_checkpoint, order_of_epoch
-from model import read_rows
+from dift import dift_loss, latent_sums, log_line, micro_batches, split_files
+from lib import distributed
+from lib.checkpoints import linear_warmup_decay, newest_checkpoint
+from lib.images import load_patches
+from lib.rows import order_of_epoch, read_rows, rows_of_step
+from model import VisionCache, collate, encode_row, load_model
 
 STEP_FIELDS = "loss ce sim norm_fed norm_true gnorm lr latents tokens".split()
 
@@ -42,90 +44,95 @@ def test_the_loss_by_hand():
     logp = torch.tensor([-1.0, -2.0, -3.0])
     imagined = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
     targets = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
-    loss, ce, sim = dift_loss(logp, imagined, targets, n_text=6, n_latent=4, w_ce=0.1, w_sim=2.0)
-    assert (ce.item(), sim.item(), loss.item()) == pytest.approx((1.0, 0.25, 0.1 + 0.5))
-    loss, ce, sim = dift_loss(logp, imagined[:0], None, 6, 0, 0.1, 2.0)  # no imagery in the whole step
-    assert (ce.item(), sim.item(), loss.item()) == pytest.approx((1.0, 0.0, 0.1))
+
+    def numbers(*given):
+        loss, terms = dift_loss(*given, w_ce=0.1, w_sim=2.0)
+        assert loss.shape == terms["ce"].shape == terms["sim"].shape == () and len(terms) == 2
+        return terms["ce"].item(), terms["sim"].item(), loss.item()
+
+    assert numbers(logp, imagined, targets, 6, 4) == pytest.approx((1.0, 0.25, 0.1 + 0.5))
+    # no imagery in the whole step
+    assert numbers(logp, imagined[:0], None, 6, 0) == pytest.approx((1.0, 0.0, 0.1))
     for none in (targets[:0], None):  # none in this micro-batch
-        loss, ce, sim = dift_loss(logp, imagined[:0], none, 6, 4, 0.1, 2.0)
-        assert (sim.item(), loss.item()) == pytest.approx((0.0, 0.1))
+        assert numbers(logp, imagined[:0], none, 6, 4) == pytest.approx((1.0, 0.0, 0.1))
 
 
 def test_no_gradient_reaches_the_targets():
     logp = torch.tensor([-1.0], requires_grad=True)
-    imagined, targets = torch.randn(2, 3, 4).requires_grad_().unbind()
-    imagined, targets = (x.detach().requires_grad_() for x in (imagined, targets))
+    imagined, targets = (torch.randn(3, 4).requires_grad_() for _ in range(2))
     dift_loss(logp, imagined, targets, 1, 3, 1.0, 1.0)[0].backward()
     assert targets.grad is None and imagined.grad.abs().sum() > 0 and logp.grad.item() == -1
 
 
 def test_the_step_equals_a_naive_loop(tiny, rows):
-    """Row by row, token by token: h_{t-1} speaks about token t, or is compared with z_t; a prompt is free."""
+    """Row by row, token by token: h_{t-1} predicts token t, or is compared with z_t; a prompt is free."""
     model = lively(tiny)
-    table = model.net.get_input_embeddings().weight
+    visual = model.qwen.model.visual
+    table = model.qwen.get_input_embeddings().weight
     nll, away, n_text, n_latent = 0.0, 0.0, 0, 0
     for row in rows[:5]:
-        text = model.tok.decode(encode_row(model, row, answer=False)["ids"])
-        prompt = len(model.tok(text)["input_ids"])
+        text = model.tokenizer.decode(encode_row(model, row, answer=False).ids)
+        prompt = len(model.tokenizer(text)["input_ids"])
         sample = encode_row(model, row)
-        ids = sample["ids"].tolist()
-        pixels, grid = load_images(row["image_input"], model.net.config)
-        video = iter(model.net.model.visual(pixels, grid_thw=torch.tensor([grid])).pooler_output)
+        ids = sample.ids.tolist()
+        pixels, grid = load_patches(row.image_input, model.config)
+        video = iter(visual(pixels, grid_thw=torch.tensor([grid])).pooler_output)
         latents = []
-        for path in row["image_output"]:
-            pixels, grid = load_images([path], model.net.config)
-            raster = model.net.model.visual(pixels, grid_thw=torch.tensor([grid])).pooler_output.view(
-                3, 4, -1
-            )
+        for path in row.image_output:
+            pixels, grid = load_patches([path], model.config)
+            raster = visual(pixels, grid_thw=torch.tensor([grid])).pooler_output.view(3, 4, -1)
             for part in (raster[:2, :2], raster[:2, 2:], raster[2:, :2], raster[2:, 2:]):
                 latents.append(part.mean(dim=(0, 1)))
         fed = iter(latents)
-        special = {model.ids["video_pad"]: video, model.ids["latent_pad"]: fed}
+        special = {model.token_id["video_pad"]: video, model.token_id["latent_pad"]: fed}
         x = torch.stack([next(special[token]) if token in special else table[token] for token in ids])
-        hidden = model.net.model.language_model(
-            inputs_embeds=x[None], position_ids=sample["positions"][:, None]
-        )
-        hidden, latents = hidden.last_hidden_state[0], iter(latents)
+        inputs = {"inputs_embeds": x[None], "position_ids": sample.positions[:, None]}
+        hidden = model.qwen.model.language_model(**inputs).last_hidden_state[0]
+        latents = iter(latents)
         for t in range(prompt, len(ids)):
-            if ids[t] == model.ids["latent_pad"]:
+            if ids[t] == model.token_id["latent_pad"]:
                 away += 1 - F.cosine_similarity(hidden[t - 1], next(latents), dim=0)
                 n_latent += 1
             else:
                 nll -= (table @ hidden[t - 1]).log_softmax(dim=0)[ids[t]]
                 n_text += 1
-    batch = Images(model).add(collate([encode_row(model, row) for row in rows[:5]], model.ids["pad"]))
-    loss, ce, sim = dift_loss(*model(batch), n_text, n_latent, 0.1, 1.0)
-    assert n_latent == 4 * (1 + 2 + 3 + 1 + 2) and n_text == batch["is_text"].sum()
-    assert ce.item() == pytest.approx((nll / n_text).item(), abs=1e-5)
-    assert sim.item() == pytest.approx((away / n_latent).item(), abs=1e-5)
-    assert loss.item() == pytest.approx(0.1 * ce.item() + sim.item(), abs=1e-6)
+    samples = [encode_row(model, row) for row in rows[:5]]
+    batch = VisionCache(model).prepare(collate(samples, model.token_id["pad"]))
+    loss, terms = dift_loss(*model(batch), n_text, n_latent, 0.1, 1.0)
+    ce, sim = terms["ce"].item(), terms["sim"].item()
+    assert n_latent == 4 * (1 + 2 + 3 + 1 + 2) and n_text == batch.is_text.sum()
+    assert ce == pytest.approx((nll / n_text).item(), abs=1e-5)
+    assert sim == pytest.approx((away / n_latent).item(), abs=1e-5)
+    assert loss.item() == pytest.approx(0.1 * ce + sim, abs=1e-6)
 
 
 def test_the_logged_cosine_is_centred_per_latent_index():
     z = torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(0))
     shared = torch.tensor([[100.0] * 8, [-50.0] * 8])  # another direction at each index
-    zero = torch.zeros(())
-    same = measure(zero + 3, zero + 1, zero + 2, (2 * z + shared).view(10, 8), z.view(10, 8), 2)
-    assert same[:3].tolist() == [3, 1, 2]
-    assert same[3].item() == pytest.approx(10, abs=1e-3)  # a sum over 10 latents of cosine 1
-    assert same[5].item() == pytest.approx(z.norm(dim=-1).sum().item(), rel=1e-5)
-    assert same[4].item() == pytest.approx((2 * z + shared).norm(dim=-1).sum().item(), rel=1e-5)
+    same = latent_sums((2 * z + shared).view(10, 8), z.view(10, 8), 2)
+    assert list(same) == ["cosine", "norm_fed", "norm_true"]
+    assert same["cosine"].item() == pytest.approx(10, abs=1e-3)  # a sum over 10 latents of cosine 1
+    assert same["norm_true"].item() == pytest.approx(z.norm(dim=-1).sum().item(), rel=1e-5)
+    assert same["norm_fed"].item() == pytest.approx((2 * z + shared).norm(dim=-1).sum().item(), rel=1e-5)
     other = (z.roll(1, dims=0) + shared).view(10, 8)
-    assert measure(zero, zero, zero, other, z.view(10, 8), 2)[3] < 5  # the plain one would be near 10
-    assert measure(zero, zero, zero, None, None, 2).tolist() == [0] * 6
+    assert latent_sums(other, z.view(10, 8), 2)["cosine"] < 5  # the plain one would be near 10
+    for none in (None, z.view(10, 8)[:0]):  # the same names in a micro-batch without imagery
+        assert latent_sums(other[:0], none, 2) == dict.fromkeys(same, 0.0)
+    given = (z.view(10, 8).clone().requires_grad_(), z.view(10, 8), 2)
+    assert not any(value.requires_grad for value in latent_sums(*given).values())
 
 
 # ---------------------------------------------------------------- schedule and order
 
 
 def test_the_learning_rate_rises_and_falls():
-    rates = [lr_at(step, 100, 10, 2.0) for step in range(100)]
+    rates = [linear_warmup_decay(step, 100, 10, 2.0) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[4] == pytest.approx(1.0)
     assert rates[9] == rates[10] == pytest.approx(2.0) == max(rates)
     assert rates[55] == pytest.approx(1.0) and rates[99] == pytest.approx(2.0 / 90)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
-    assert lr_at(0, 10, 0, 1.0) == 1.0
-    assert 0 < lr_at(2, 3, 50, 1.0) == pytest.approx(3 / 50)  # a run shorter than its warm-up
+    assert linear_warmup_decay(0, 10, 0, 1.0) == 1.0
+    assert 0 < linear_warmup_decay(2, 3, 50, 1.0) == pytest.approx(3 / 50)  # a run shorter than its warm-up
 
 
 def test_every_epoch_covers_the_rows_once():
@@ -152,32 +159,59 @@ LENGTHS = [0, 3, 1, 14, 2, 9, 0, 5, 12, 1, 7, 2, 4, 11, 0, 6, 3, 8, 1, 10, 13, 2
 
 def longer(rows, lengths=LENGTHS):
     """Rows whose answers go on for that many sentences more."""
-    rows = [rows[index % len(rows)] | {"id": str(index)} for index in range(len(lengths))]
-    return [
-        row | {"text_output": row["text_output"] + " So it goes." * 2 * n} for row, n in zip(rows, lengths)
-    ]
+    longer_rows = []
+    for index, n in enumerate(lengths):
+        row = rows[index % len(rows)]
+        text = row.text_output + " So it goes." * 2 * n
+        longer_rows.append(replace(row, id=str(index), text_output=text))
+    return longer_rows
 
 
 def test_rows_of_one_length_stand_together(tiny, rows):
     """Two processes, micro-batches of 3: padding is below 10 %; cut as they are drawn, above 15 %."""
     model, some = lively(tiny), longer(rows)
-    images, letters = Images(model, cache=True), torch.tensor([], dtype=torch.long)
-    parts = [micro_batches(model, images, some, letters, 3, rank, 2) for rank in (0, 1)]
+    vision = VisionCache(model)
+    parts = [micro_batches(model, vision, some, 3, rank, 2) for rank in (0, 1)]
     assert parts[0][1] == parts[1][1]  # counts of the whole step, on each process
     batches = [batch for batches, _ in parts for batch in batches]
-    assert [len(batch["ids"]) for batch in batches] == [3] * 8
-    seen = sorted(tuple(ids[real].tolist()) for b in batches for ids, real in zip(b["ids"], b["is_real"]))
+    assert [len(batch.ids) for batch in batches] == [3] * 8
+    seen = sorted(tuple(ids[real].tolist()) for b in batches for ids, real in zip(b.ids, b.is_real))
     samples = [encode_row(model, row) for row in some]
-    assert seen == sorted(tuple(sample["ids"].tolist()) for sample in samples)  # each row once
-    counts = [
-        sum(int(sample[name].sum()) for sample in samples) for name in ("is_text", "is_latent", "is_real")
-    ]
+    assert seen == sorted(tuple(sample.ids.tolist()) for sample in samples)  # each row once
+    counts = {}
+    for name in ("text", "latent", "real"):
+        counts[name] = sum(int(getattr(sample, f"is_{name}").sum()) for sample in samples)
     assert parts[0][1] == counts
-    as_drawn = [collate(samples[at : at + 3], 0) for at in range(0, len(samples), 3)]
-    shares = [1 - counts[2] / sum(batch["ids"].numel() for batch in made) for made in (batches, as_drawn)]
+    as_drawn = [collate(samples[start : start + 3], 0) for start in range(0, len(samples), 3)]
+    places = [sum(batch.ids.numel() for batch in some) for some in (batches, as_drawn)]
+    shares = [1 - counts["real"] / n for n in places]
     assert shares[0] < 0.1 and shares[1] > 0.15, shares
-    alone = [[len(batch["ids"]), batch["ids"].shape[1]] for batch in parts[0][0]]
+    alone = [[len(batch.ids), batch.ids.shape[1]] for batch in parts[0][0]]
     assert alone == sorted(alone)  # and so equal work for both processes, up to a row
+
+
+def test_rows_are_dealt_out_as_the_docstring_says(tiny, rows):
+    """Of lengths 1 to 8 in micro-batches of 2 the first of two processes has 1 3 | 5 7."""
+    model = load_model(tiny / "base", K=4, pooling="grid")
+    some = longer([rows[0]], [4, 0, 7, 2, 5, 1, 6, 3])
+    lengths = sorted(len(encode_row(model, row).ids) for row in some)
+    assert len(set(lengths)) == 8
+    for rank in (0, 1):
+        batches, _ = micro_batches(model, VisionCache(model), some, 2, rank, 2)
+        dealt = [batch.is_real.sum(dim=1).tolist() for batch in batches]
+        assert dealt == [lengths[rank : rank + 3 : 2], lengths[rank + 4 : rank + 7 : 2]]
+
+
+def test_rows_that_ask_for_their_letters_count_them_alone(tiny, rows):
+    """Of "<answer>B. Pan Right" the B; the other row of the step keeps all of its answer."""
+    model = load_model(tiny / "base", K=4, pooling="grid")
+    narrow = replace(rows[0], supervise="letters")
+    (batch,), counts = micro_batches(model, VisionCache(model), [narrow, rows[1]], 2)
+    whole = encode_row(model, rows[1])
+    assert counts["text"] == 1 + whole.is_text.sum() == len(batch.text_at)
+    letters = [row for row in range(2) if batch.is_text[row].sum() == 1]
+    assert model.tokenizer.decode(batch.ids[letters[0]][batch.is_text[letters[0]]]) == "B"
+    assert counts["latent"] == 4 * (1 + 2)  # their imagery is learnt all the same
 
 
 def test_files_of_a_folder_and_of_a_lone_file(tmp_path):
@@ -188,38 +222,25 @@ def test_files_of_a_folder_and_of_a_lone_file(tmp_path):
     assert split_files(tmp_path / "a.jsonl", "imagery")[1] == tmp_path / "a_test.jsonl"
 
 
-def test_a_sample_is_described_with_its_masks(tiny, rows):
-    model = load_model(tiny / "base", K=4, pooling="grid")
-    text = describe(encode_row(model, rows[0]), model)
-    assert text.startswith("<|im_start|>system\n") and f"<|video_pad|> x {2 * N}<|vision_end|>" in text
-    assert "<|im_start|>assistant[\n<think>At 0s the red box is here <|latent_start|>]" in text
-    assert "]{" + "<|latent_pad|>" * 4 + "}[<|latent_end|>, near." in text
-    assert text.endswith("<answer>B. Pan Right</answer><|im_end|>]")
-
-
-def test_only_letters_are_supervised(tiny, rows):
-    """Of "<answer>B. Pan Right" the B; letters in the prompt stay out of the loss."""
-    model = load_model(tiny / "base", K=4, pooling="grid")
-    sample = encode_row(model, rows[0])
-    letters = torch.tensor(model.tok.convert_tokens_to_ids(list("ABCDEF")))
-    kept = narrow(sample, letters)
-    assert torch.isin(sample["ids"], letters).sum() > 1
-    assert model.tok.decode(sample["ids"][kept["is_text"]]) == "B"
-    assert torch.equal(narrow(sample, letters[:0])["is_text"], sample["is_text"])
-
-
 def test_a_run_on_letters_alone(tiny, tmp_path, capsys):
     """The loss is that of the letters, one of four options, and the first sample shows what it sees."""
-    log, _ = train(tiny, tmp_path / "run", "SUPERVISE=letters", "STEPS=1", "K=0")
+    raws = write_data(tmp_path / "data")
+    lines = [json.dumps(raw | {"supervise": "letters"}) + "\n" for raw in raws]
+    (tmp_path / "data" / "letters.jsonl").write_text("".join(lines))
+    data = f"DATA={tmp_path / 'data' / 'letters.jsonl'}"
+    log, _ = train(tiny, tmp_path / "run", data, "STEPS=1", "K=0")
     assert "<answer>[B]. Pan Right" in capsys.readouterr().out
     assert log[0]["ce"] == pytest.approx(math.log(448), abs=0.5)
 
 
 def test_a_line_of_the_log():
     entry = {"step": 12, "loss": 1.23, "ce": 2.0, "sim": 0.03, "cosine": 0.5, "retrieval": None, "gnorm": 0.9}
-    line = log_line(entry | {"lr": 1e-5, "latents": 8.0, "seconds": 2.0, "tokens": 3000.0}, 1000, 0.1, 1.0)
+    entry |= {"lr": 1e-5, "latents": 8.0, "seconds": 2.0, "tokens": 3000.0}
+    line = log_line(entry, ["ce", "sim"], 1000, {"ce": 0.1, "sim": 1.0})
     assert line.startswith("step    12/1000 | loss 1.2300 = 0.1 x ce 2.0000 + 1 x sim 0.0300 |")
+    assert "cosine 0.50 | retrieval nan | gnorm 0.90 | " in line
     assert "lr 1.0e-05 | latents 8.0 | 2.00 s | 1.5k tok/s" in line
+    assert "retrieval 0.62 |" in log_line(entry | {"retrieval": 0.62}, ["ce"], 1000, {"ce": 0.1})
 
 
 # ---------------------------------------------------------------- runs
@@ -227,16 +248,9 @@ def test_a_line_of_the_log():
 
 def words(tiny, out, *more):
     """The command of a small run; later words win."""
-    base = [
-        f"MODEL={tiny / 'base'}",
-        f"DATA={tiny / 'data'}",
-        f"OUT={out}",
-        "STEPS=3",
-        "LR=1e-3",
-        "TEST_ROWS=0",
-        "EVAL_EVERY=0",
-    ]
-    return [*base, "GLOBAL_BATCH=8", "MICRO_BATCH=8", "WARMUP=50", "W_SIM=1.0", "LOG_EVERY=1", *more]
+    base = [f"MODEL={tiny / 'base'}", f"DATA={tiny / 'data'}", f"OUT={out}", "STEPS=3", "LR=1e-3"]
+    base += ["TEST_ROWS=0", "EVAL_EVERY=0", "GLOBAL_BATCH=8", "MICRO_BATCH=8", "WARMUP=50", "W_SIM=1.0"]
+    return [*base, "LOG_EVERY=1", *more]
 
 
 def train(tiny, out, *more):
@@ -280,11 +294,12 @@ def test_a_step_trains_the_text_and_leaves_vision_alone(tiny, plain):
         assert entry["loss"] == pytest.approx(entry["ce"] + entry["sim"])
         assert 0 < entry["padding"] < 1
         assert all(math.isfinite(entry[name]) for name in [*STEP_FIELDS, "cosine", "seconds"])
-    assert [entry["lr"] for entry in log] == pytest.approx([lr_at(step, 3, 50, 1e-3) for step in range(3)])
+    rates = [linear_warmup_decay(step, 3, 50, 1e-3) for step in range(3)]
+    assert [entry["lr"] for entry in log] == pytest.approx(rates)
     assert log[2]["ce"] < log[0]["ce"] == pytest.approx(math.log(448), abs=0.3)
 
 
-def test_the_run_says_what_it_does(tiny, tmp_path, capsys):
+def test_a_run_prints_what_it_does(tiny, tmp_path, capsys):
     train(tiny, tmp_path / "run", "STEPS=1", "W_CE=0.1", "W_SIM=0.5", "GLOBAL_BATCH=2")
     out = capsys.readouterr().out
     assert "W_CE=0.1" in out and "GLOBAL_BATCH=2" in out and f"torch {torch.__version__}" in out
@@ -295,7 +310,8 @@ def test_the_run_says_what_it_does(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change", ["MICRO_BATCH=2", "MICRO_BATCH=3", "CHECKPOINTING=True", "CACHE_FEATURES=False"]
+    "change",
+    ["MICRO_BATCH=2", "MICRO_BATCH=3", "CHECKPOINTING=True", "CACHE_FEATURES=False", "FAST=False"],
 )
 def test_a_step_does_not_depend_on(tiny, tmp_path, plain, change):
     mine = train(tiny, tmp_path / "run", change)
@@ -307,8 +323,8 @@ def test_a_step_does_not_depend_on(tiny, tmp_path, plain, change):
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_two_processes_equal_one(tiny, tmp_path, plain, layout):
     """Four micro-batches, two on each process; with FSDP each holds half of the weights and moments."""
-    said = two_processes("dift.py", *words(tiny, tmp_path / "run", "MICRO_BATCH=2", f"PARALLEL={layout}"))
-    assert said.count("2 x cpu") == 1  # one process speaks
+    printed = two_processes("dift.py", *words(tiny, tmp_path / "run", "MICRO_BATCH=2", f"PARALLEL={layout}"))
+    assert printed.count("2 x cpu") == 1  # one process speaks
     assert_equal_runs(result_of(tmp_path / "run"), plain)
 
 
@@ -354,8 +370,14 @@ def test_a_run_on_two_ends_with_a_score_whatever_the_layout(tiny, tmp_path):
 
 SHORT = """
 import runpy
+from dataclasses import dataclass
 import evaluate
-evaluate.PLAIN["max_new"] = 8
+
+@dataclass(frozen=True)
+class Short(evaluate.Settings):
+    max_new: int = 8
+
+evaluate.Settings = Short
 runpy.run_path("dift.py", run_name="__main__")
 """
 
@@ -369,27 +391,37 @@ def test_a_checkpoint_says_where_it_comes_from(tiny, tmp_path):
     assert config["run"]["step"] == 2
     assert config["latent_norm"] == pytest.approx(log[-1]["norm_true"])
     train(tiny, tmp_path / "plain", "STEPS=1", "MATCH_NORM=False")
-    assert load_model(tmp_path / "plain").net.config.latent_norm is None
+    assert load_model(tmp_path / "plain").config.latent_norm is None
 
 
-def test_pretraining_trains_vision_without_imagery(tiny, tmp_path):
-    log, weights = train(tiny, tmp_path / "run", "K=0", "TRAIN_VISION=True", "STEPS=2")
+def test_pretraining_without_imagery(tiny, tmp_path):
+    """K = 0: the text is learnt, vision stays as it is, and DIFT goes on from there."""
+    log, weights = train(tiny, tmp_path / "run", "K=0", "STEPS=2")
     before = load_file(tiny / "base" / "model.safetensors")
-    moved = {name for name, weight in weights.items() if not torch.equal(weight, before[name])}
-    assert any("visual.patch_embed" in name for name in moved) and any(
-        "visual.merger" in name for name in moved
-    )
-    assert [entry["latents"] for entry in log] == [0, 0] and log[0]["sim"] == 0
-    train(tiny, tmp_path / "next", f"MODEL={tmp_path / 'run'}", "STEPS=1")  # and DIFT goes on from there
+    for name, weight in weights.items():
+        assert torch.equal(weight, before[name]) is ("visual" in name), name
+    for entry in log:
+        assert (entry["latents"], entry["sim"], entry["cosine"], entry["norm_true"]) == (0, 0, 0, 0)
+        assert entry["loss"] == entry["ce"] > 0
+    assert load_model(tmp_path / "run").K == 0
+    train(tiny, tmp_path / "next", f"MODEL={tmp_path / 'run'}", "STEPS=1")
     assert load_model(tmp_path / "next").K == 4
 
 
+@dataclass(frozen=True)
+class Shortest(evaluate.Settings):
+    """Answers of a few tokens, as if MAX_NEW had been edited in evaluate.py."""
+
+    max_new: int = 6
+
+
 def test_the_run_ends_with_a_score_and_a_picture(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(evaluate.PLAIN, "max_new", 6)
+    monkeypatch.setattr(evaluate, "Settings", Shortest)
     for steps in (1, 2):  # going on for longer answers the questions again
         train(tiny, tmp_path / "run", "TEST_ROWS=5", "EVAL_EVERY=1", f"STEPS={steps}")
         summary = json.loads((tmp_path / "run" / "eval" / "summary.json").read_text())
         assert summary["scores"]["micro"]["n"] == 5
+    assert summary["settings"]["max_new"] == 6
     assert f"{tmp_path}/run/eval/report.html" in capsys.readouterr().out
     for name in ("picture.png", "report.html", "results.jsonl"):
         assert (tmp_path / "run" / "eval" / name).stat().st_size > 1000
@@ -413,25 +445,18 @@ os.replace = replace
 runpy.run_path("dift.py", run_name="__main__")
 """
 FAKES = """
-def look(core, rows, out=None, **how):
-    weights = sum(weight.double().sum().item() for weight in core.parameters())
+def sum_of_weights(model, rows, out=None, **settings):
+    weights = sum(weight.double().sum().item() for weight in model.parameters())
     return {"imagery": {"retrieval": weights}}
-evaluate.evaluate = look
+evaluate.evaluate = sum_of_weights
 evaluate.draw = evaluate.print_table = lambda *words: None
 """
 
 
 def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
     """Killed while it writes the checkpoint of step 6, after six lines of log; it goes on from step 4."""
-    more = [
-        "STEPS=8",
-        "SAVE_EVERY=2",
-        "TEST_ROWS=2",
-        "EVAL_EVERY=3",
-        "WARMUP=3",
-        "MICRO_BATCH=4",
-        "GLOBAL_BATCH=6",
-    ]
+    more = ["STEPS=8", "SAVE_EVERY=2", "TEST_ROWS=2", "EVAL_EVERY=3", "WARMUP=3"]
+    more += ["MICRO_BATCH=4", "GLOBAL_BATCH=6"]
     run = [sys.executable, "-c", KILLED.format(fakes=FAKES), *words(tiny, tmp_path / "killed", *more)]
     done = subprocess.run(run, cwd=ROOT, env=one_thread(), capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -456,7 +481,7 @@ def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(tiny, tmp_path, mo
 
 def test_a_killed_pretraining_goes_on_too(tiny, tmp_path):
     """K = 0: the latent rows, which weight decay and the tied head change, do not start anew."""
-    more = ["K=0", "TRAIN_VISION=True", "WARMUP=1", "SAVE_EVERY=1"]
+    more = ["K=0", "WARMUP=1", "SAVE_EVERY=1"]
     whole, weights = train(tiny, tmp_path / "whole", *more)
     (tmp_path / "cut").mkdir()
     (tmp_path / "whole" / "step_000002").rename(tmp_path / "cut" / "step_000002")
@@ -466,14 +491,55 @@ def test_a_killed_pretraining_goes_on_too(tiny, tmp_path):
     assert all(torch.equal(weight, weights[name]) for name, weight in resumed.items())
 
 
+# the constants of a run in the config.json of a checkpoint from before FAST, when vision could be trained
+FORMER = "MODEL DATA OUT COT TEST_ROWS TEST_BATCH MAX_PIXELS MIN_PIXELS SECONDS_PER_PAIR SUFFIX K POOLING"
+FORMER += " MATCH_NORM TRAIN_VISION SUPERVISE STEPS GLOBAL_BATCH MICRO_BATCH LR WARMUP BETA2 WEIGHT_DECAY"
+FORMER += " CLIP W_CE W_SIM LOG_EVERY EVAL_EVERY SAVE_EVERY RESUME CACHE_FEATURES PARALLEL CHECKPOINTING SEED"
+
+
+def make_former(out, **changes):
+    """Gives the newest checkpoint of a run the record that the code wrote before."""
+    file = newest_checkpoint(out) / "config.json"
+    config = json.loads(file.read_text())
+    values = config["run"] | {"TRAIN_VISION": False, "SUPERVISE": "all"} | changes
+    config["run"] = {name: values[name] for name in [*FORMER.split(), "step"]}
+    assert "FAST" in values and len(config["run"]) == 34
+    file.write_text(json.dumps(config, indent=1))
+
+
+def test_a_run_of_the_former_code_goes_on(tiny, tmp_path, plain):
+    """Its record has TRAIN_VISION and SUPERVISE and no FAST; the rest of the run is the same to the bit."""
+    out = tmp_path / "run"
+    train(tiny, out, "SAVE_EVERY=1")
+    forget_last(out)
+    make_former(out)
+    refused(lambda: train(tiny, out, "LR=0.5"), "LR=0.001", "RESUME=never")
+    log, weights = train(tiny, out, "SAVE_EVERY=1")
+    assert_equal_runs((log, weights), plain)
+    assert [entry["loss"] for entry in log] == [entry["loss"] for entry in plain[0]]
+    assert all(torch.equal(weight, plain[1][name]) for name, weight in weights.items())
+    run = json.loads((newest_checkpoint(out) / "config.json").read_text())["run"]
+    assert run["step"] == 3 and run["FAST"] is True and run["LR"] == 1e-3
+
+
+@pytest.mark.parametrize("name, value", [("TRAIN_VISION", True), ("SUPERVISE", "letters")])
+def test_a_run_of_the_former_code_is_refused_where_the_code_has_no_more(tiny, tmp_path, name, value):
+    """It would go on with vision frozen, or with all tokens supervised."""
+    out = tmp_path / "run"
+    train(tiny, out, "STEPS=1", "K=0")
+    make_former(out, **{name: value})
+    refused(lambda: train(tiny, out, "STEPS=2", "K=0"), f"{out}", f"{name}={value}", "RESUME=never")
+
+
 def test_the_folder_of_another_run_is_refused(tiny, tmp_path):
     out = tmp_path / "run"
     write_data(tmp_path / "data")
     shutil.copy(tmp_path / "data" / "train_imagery.jsonl", tmp_path / "data" / "train_verbal.jsonl")
     data = f"DATA={tmp_path / 'data'}"
     train(tiny, out, data, "STEPS=1")
-    words = "LR=0.5 SEED=3 K=2 POOLING=strips GLOBAL_BATCH=4 W_CE=0.5 COT=verbal WARMUP=7 BETA2=0.9"
-    for word in f"{words} MATCH_NORM=False SUFFIX=Think. MAX_PIXELS=784".split():
+    changes = "LR=0.5 SEED=3 K=2 POOLING=strips GLOBAL_BATCH=4 W_CE=0.5 COT=verbal WARMUP=7 BETA2=0.9"
+    changes += " MATCH_NORM=False SUFFIX=Think. MAX_PIXELS=784 W_SIM=0.5 CLIP=2.0 WEIGHT_DECAY=0.5"
+    for word in f"{changes} MIN_PIXELS=784 SECONDS_PER_PAIR=2.0 MODEL=elsewhere".split():
         name, value = word.split("=")
         refused(lambda word=word: train(tiny, out, data, word), f"{out}", f"{name}=", "RESUME=never")
     refused(lambda: train(tiny, out), "DATA=")
@@ -494,9 +560,9 @@ def test_starting_afresh_replaces_the_old_run(tiny, tmp_path):
 
 def test_plain_feedback_holds_for_a_parent_that_matches_norms(tiny, tmp_path):
     train(tiny, tmp_path / "one", "STEPS=1")
-    assert load_model(tmp_path / "one").net.config.latent_norm > 0
+    assert load_model(tmp_path / "one").config.latent_norm > 0
     train(tiny, tmp_path / "two", "STEPS=1", f"MODEL={tmp_path / 'one'}", "MATCH_NORM=False")
-    assert load_model(tmp_path / "two").net.config.latent_norm is None
+    assert load_model(tmp_path / "two").config.latent_norm is None
 
 
 def test_zero_prints_and_saves_the_last_step_alone(tiny, tmp_path, capsys):
@@ -513,34 +579,37 @@ def test_bad_input_ends_the_program_with_one_line(tiny, tmp_path):
     run = [sys.executable, "dift.py", "STEP=3"]
     done = subprocess.run(run, cwd=ROOT, env=one_thread(), capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.strip().splitlines()[-1].startswith("There is no constant STEP; the nearest is STEPS")
+    assert done.stderr.strip().splitlines()[-1] == "Unknown constant STEP. Did you mean STEPS?"
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    "word, said",
+    "word, part",
     [
-        ("STEP=3", "STEPS"),
         ("STEPS=ten", "int"),
         ("DATA=none.jsonl", "none.jsonl"),
         ("MODEL=none", "none"),
         ("COT=words", "train_words.jsonl"),
         ("POOLING=gird", "POOLING"),
         ("RESUME=yes", "RESUME"),
-        ("SUPERVISE=some", "SUPERVISE=some"),
         ("PARALLEL=zero", "PARALLEL=zero"),
         ("K=64", "K=64"),  # an overlay has 12 tokens
         ("SUFFIX=@none", "none"),
     ],
 )
-def test_bad_constants_are_one_sentence(tiny, tmp_path, word, said):
-    refused(lambda: train(tiny, tmp_path / "run", word), said)
+def test_bad_constants_are_one_sentence(tiny, tmp_path, word, part):
+    refused(lambda: train(tiny, tmp_path / "run", word), part)
     assert not (tmp_path / "run" / "step_000003").exists()
 
 
-def test_trained_vision_is_not_cut_up(tiny, tmp_path):
-    more = ["PARALLEL=fsdp", "TRAIN_VISION=True", "K=0"]
-    refused(lambda: train(tiny, tmp_path / "run", *more), "PARALLEL=fsdp", "PARALLEL=ddp")
+@pytest.mark.parametrize(
+    "word, near", [("STEP=3", "STEPS"), ("TRAIN_VISION=True", ""), ("SUPERVISE=letters", "")]
+)
+def test_unknown_constants_are_one_sentence(tiny, tmp_path, word, near):
+    """Vision is always frozen, and what is supervised is a field of each row."""
+    with pytest.raises(SystemExit, match=f"^Unknown constant {word.split('=')[0]}. Did you mean {near}"):
+        train(tiny, tmp_path / "run", word)
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_k_than_the_checkpoints_is_one_sentence(tiny, tmp_path):
@@ -550,7 +619,7 @@ def test_another_k_than_the_checkpoints_is_one_sentence(tiny, tmp_path):
 
 
 def test_a_global_batch_that_cannot_be_shared_is_one_sentence(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_py, "init_distributed", lambda: (0, 3, torch.device("cpu")))
+    monkeypatch.setattr(distributed, "init_distributed", lambda: (0, 3, torch.device("cpu")))
     refused(lambda: train(tiny, tmp_path / "run"), "GLOBAL_BATCH=8", "3 processes")
 
 
@@ -586,22 +655,32 @@ def broken_png(folder):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, part",
     [
         (lambda row, folder: row.update(raw='{"id": '), "not valid JSON"),
         (lambda row, folder: row.pop("text_input"), "text_input"),
+        (lambda row, folder: row.update(supervise="some"), "supervise"),
         (lambda row, folder: row["image_output"].pop(), "image_output"),
         (lambda row, folder: row["image_input"].__setitem__(1, "gone.jpg"), "gone.jpg"),
         (lambda row, folder: spoil(folder, row, b"no image"), "spoilt.jpg is not a readable image"),
         (lambda row, folder: spoil(folder, row, half_a_jpeg(folder)), "spoilt.jpg is not a readable image"),
         (lambda row, folder: spoil(folder, row, broken_png(folder)), "spoilt.jpg is not a readable image"),
     ],
-    ids=["json", "field", "placeholders", "missing image", "no image", "half an image", "broken PNG"],
+    ids=[
+        "json",
+        "field",
+        "supervise",
+        "placeholders",
+        "missing image",
+        "no image",
+        "half an image",
+        "broken PNG",
+    ],
 )
-def test_bad_data_is_named_by_file_and_line(tiny, tmp_path, change, said):
+def test_bad_data_is_named_by_file_and_line(tiny, tmp_path, change, part):
     data = broken_data(tmp_path / "data", change)
     more = [f"DATA={data}", "GLOBAL_BATCH=8", "MICRO_BATCH=1"]
-    refused(lambda: train(tiny, tmp_path / "run", *more), f"{data}/train_imagery.jsonl:6: ", said)
+    refused(lambda: train(tiny, tmp_path / "run", *more), f"{data}/train_imagery.jsonl:6: ", part)
 
 
 def test_rows_without_imagery_and_without_a_key_are_trained_on(tiny, tmp_path, capsys):
@@ -616,39 +695,41 @@ def test_rows_without_imagery_and_without_a_key_are_trained_on(tiny, tmp_path, c
         runs.append(train(tiny, tmp_path / size, f"DATA={file}", "STEPS=2", "TEST_ROWS=9", size))
     one, other = ([(entry["ce"], entry["sim"], entry["gnorm"]) for entry in log] for log, _ in runs)
     assert all(mine == pytest.approx(theirs, rel=1e-4) and mine[1] > 0 for mine, theirs in zip(one, other))
-    assert f"{len(rows)} rows, {len(rows) // 2} to score |" in capsys.readouterr().out
+    assert f"{len(rows)} rows, {len(rows) // 2} to score" in capsys.readouterr().out
 
 
 def test_a_missing_folder_is_made(tiny, tmp_path, monkeypatch):
-    asked = []
+    commands = []
 
-    def made(command, **how):
-        asked.append([str(word) for word in command])
+    def fake_run(command, **settings):
+        commands.append([str(word) for word in command])
         write_data(tmp_path / "new")
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(subprocess, "run", made)
+    monkeypatch.setattr(subprocess, "run", fake_run)
     log, _ = train(tiny, tmp_path / "run", f"DATA={tmp_path / 'new'}", "STEPS=1")
-    assert asked == [[sys.executable, str(ROOT / "generate_data.py"), f"OUT={tmp_path / 'new'}"]]
-    monkeypatch.setattr(subprocess, "run", lambda command, **how: subprocess.CompletedProcess(command, 1))
+    assert commands == [[sys.executable, str(ROOT / "generate_data.py"), f"OUT={tmp_path / 'new'}"]]
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **settings: subprocess.CompletedProcess(command, 1)
+    )
     refused(lambda: train(tiny, tmp_path / "other", f"DATA={tmp_path / 'gone'}"), "generate_data.py", "gone")
 
 
 def test_a_folder_that_is_half_made_is_made_to_its_end(tiny, tmp_path, monkeypatch):
     """As a kill of the first command leaves it: constants.json alone. Other folders are left."""
-    asked, folder = [], tmp_path / "half"
+    commands, folder = [], tmp_path / "half"
     folder.mkdir()
     (folder / "constants.json").write_text("{}")
 
-    def made(command, **how):
-        asked.append(str(command[-1]))
+    def fake_run(command, **settings):
+        commands.append(str(command[-1]))
         write_data(folder)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(subprocess, "run", made)
+    monkeypatch.setattr(subprocess, "run", fake_run)
     train(tiny, tmp_path / "run", f"DATA={folder}", "STEPS=1")
     train(tiny, tmp_path / "again", f"DATA={folder}", "STEPS=1")
-    assert asked == [f"OUT={folder}"]
+    assert commands == [f"OUT={folder}"]
     (tmp_path / "own").mkdir()
     refused(lambda: train(tiny, tmp_path / "other", f"DATA={tmp_path / 'own'}"), "train_imagery.jsonl")
 

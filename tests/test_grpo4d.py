@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import runpy
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,15 @@ from safetensors.torch import load_file
 
 import evaluate
 import model as model_py
-from grpo4d import advantages, answer_sample, answer_sums, compare_table, dice, grpo_loss, log_line, pack
-from grpo4d import reward, shown, token_sums
-from model import Images, encode_row, generate, load_images, load_model, newest_checkpoint, read_rows
-from model import TargetLogps, rows_of_step, save_checkpoint
+from grpo4d import REWARD_WEIGHTS, Group, advantages, answer_generator, answer_sample, grpo_loss, log_line
+from grpo4d import pack, reward, token_sums, total_rewards
+from lib import distributed
+from lib.checkpoints import newest_checkpoint, save_checkpoint
+from lib.fast import TargetLogProbs
+from lib.images import load_patches
+from lib.log import weighted_terms
+from lib.rows import Row, read_rows, rows_of_step
+from model import Completion, Sample, VisionCache, encode_row, generate, load_model
 
 G, MAX_NEW, HOT = 4, 30, 2.0  # answers to a question, their limit, the temperature that mixes their states
 TIMES = ("seconds", "rollout", "update")
@@ -28,14 +35,14 @@ def world(tiny, tmp_path_factory):
     """dift/: a network that often imagines and sometimes ends; other/: one near it; rl.jsonl, held.jsonl."""
     folder = tmp_path_factory.mktemp("grpo4d")
     model = lively(tiny)
-    model.net.config.latent_norm = 6.0
+    model.config.latent_norm = 6.0
     with torch.no_grad():
         for name in ("latent_start", "im_end"):  # longer rows of the tied table: likelier at some places
-            model.net.get_input_embeddings().weight[model.ids[name]] *= 4
+            model.qwen.get_input_embeddings().weight[model.token_id[name]] *= 4
     save_checkpoint(folder / "dift", 1, model, {})
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for weight in model.net.model.language_model.parameters():
+        for weight in model.qwen.model.language_model.parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=noise)
     save_checkpoint(folder / "other", 1, model, {})
     lines = [json.dumps(raw) + "\n" for raw in raw_rows(tiny)]
@@ -51,7 +58,7 @@ def raw_rows(tiny):
         frames = 3 + index % 2
         raw = {"Type": f"turn_{index % 2}", "Question": "Where is the box" + ", seen from here" * index + "?"}
         raw |= {"A": "Left", "B": "Right", "C": "Up", "D": "Down", "Correct": "ABCD"[index % 4]}
-        raws.append(raw | {"frame_paths": row["image_input"][:frames], "times": row["times"][:frames]})
+        raws.append(raw | {"frame_paths": row.image_input[:frames], "times": row.times[:frames]})
     return raws
 
 
@@ -62,9 +69,7 @@ def rows(world):
 
 @pytest.fixture(scope="module")
 def policy(world):
-    model = load_model(world / "dift")
-    model.net.model.visual.requires_grad_(False)
-    return model
+    return load_model(world / "dift")
 
 
 @pytest.fixture(scope="module")
@@ -73,81 +78,110 @@ def reference(world):
 
 
 @pytest.fixture(scope="module")
-def images(policy):
-    return Images(policy, cache=True)
+def vision(policy):
+    return VisionCache(policy)
+
+
+def generators_of(question, numbers=range(G)):
+    """The random numbers of some answers to a question of the rollout."""
+    return [answer_generator(1, 0, question, number) for number in numbers]
 
 
 @pytest.fixture(scope="module")
-def rollout(policy, images, rows):
-    """(prompts, G answers to each), sampled together."""
+def groups(policy, vision, rows):
+    """Four questions with G answers to each, sampled together. Tests do not change them."""
     prompts = [encode_row(policy, row, answer=False) for row in rows[:4]]
-    generators = [dice(1, 0, question, number) for question in range(4) for number in range(G)]
-    made = generate(policy, prompts, MAX_NEW, images, temperature=HOT, generators=generators)
-    return prompts, [made[at : at + G] for at in range(0, len(made), G)]
+    generators = sum((generators_of(question) for question in range(4)), [])
+    answers = generate(policy, prompts, MAX_NEW, vision, temperature=HOT, generators=generators)
+    return [Group(n, prompt, answers[n * G : (n + 1) * G]) for n, prompt in enumerate(prompts)]
 
 
-def scored_places(model, made):
+def all_answers(groups):
+    return [completion for group in groups for completion in group.completions]
+
+
+def with_answers(group, completions):
+    """The question with other answers."""
+    return replace(group, completions=completions)
+
+
+def cut_off(group):
+    """The question with all of its answers cut off."""
+    return with_answers(group, [replace(completion, truncated=True) for completion in group.completions])
+
+
+def scored_places(model, completion):
     """T_i from the ids alone: all but the K + 1 places after a start; nothing without the end of turn."""
-    places, t = [], 0
-    while t < len(made["ids"]):
+    ids, places, t = completion.ids, [], 0
+    while t < len(ids):
         places.append(t)
-        t += model.K + 2 if made["ids"][t] == model.ids["latent_start"] else 1
-    return places if made["ids"][-1] == model.ids["im_end"] else []
+        t += model.K + 2 if ids[t] == model.token_id["latent_start"] else 1
+    return places if ids[-1] == model.token_id["im_end"] else []
 
 
-def naive_logps(model, prompt, made, latents=None):
+def naive_log_probs(model, prompt, completion, latents=None):
     """Log-probabilities (n, V) at each place of an answer: one row, no cache, no padding, no shared code.
 
     Inside a block it reads its own hidden state as it is recomputed (Eq. 8), or the given latents.
     """
-    net, given = model.net, iter(() if latents is None else latents)
-    x, positions = net.get_input_embeddings()(prompt["ids"]), prompt["positions"]
+    qwen, given = model.qwen, iter(() if latents is None else latents)
+    x, positions = qwen.get_input_embeddings()(prompt.ids), prompt.positions
     with torch.no_grad():
-        pixels, grid = load_images(prompt["video"], net.config)
-        features = net.model.visual(pixels, grid_thw=torch.tensor([grid])).pooler_output
-    x = x.masked_scatter(prompt["is_visual"][:, None], features)
+        pixels, grid = load_patches(prompt.video, model.config)
+        features = qwen.model.visual(pixels, grid_thw=torch.tensor([grid])).pooler_output
+    x = x.masked_scatter(prompt.is_visual[:, None], features)
 
     def hidden():
         inputs = {"inputs_embeds": x[None], "position_ids": positions[:, None]}
-        return net.model.language_model(**inputs).last_hidden_state[0]
+        return qwen.model.language_model(**inputs).last_hidden_state[0]
 
-    for token in made["ids"]:
-        z = net.get_input_embeddings().weight[token]
-        if token == model.ids["latent_pad"]:
+    for token in completion.ids:
+        z = qwen.get_input_embeddings().weight[token]
+        if token == model.token_id["latent_pad"]:
             z = model.feedback(hidden()[-1]) if latents is None else next(given)
         x = torch.cat([x, z[None]])
         positions = torch.cat([positions, positions.max().expand(3, 1) + 1], dim=1)
-    logits = net.lm_head(hidden()[len(prompt["ids"]) - 1 : -1])
+    logits = qwen.lm_head(hidden()[len(prompt.ids) - 1 : -1])
     for name in ("latent_pad", "latent_end", "image_pad", "video_pad"):
-        logits[:, model.ids[name]] = -math.inf
+        logits[:, model.token_id[name]] = -math.inf
     return (logits / HOT).log_softmax(dim=-1)
 
 
 @pytest.fixture(scope="module")
-def tables(policy, rollout):
-    """naive_logps of all answers, with latents of its own."""
+def tables(policy, groups):
+    """naive_log_probs of all answers to each question, with latents of its own."""
     with torch.no_grad():
-        return [[naive_logps(policy, p, made) for made in group] for p, group in zip(*rollout)]
+        return [
+            [naive_log_probs(policy, group.prompt, completion) for completion in group.completions]
+            for group in groups
+        ]
 
 
-def at_scored(model, table, made):
+def at_scored(model, table, completion):
     """A table (n, V) at the tokens of T_i."""
-    places = scored_places(model, made)
-    return table[places, [made["ids"][t] for t in places]]
+    places = scored_places(model, completion)
+    return table[places, [completion.ids[t] for t in places]]
 
 
 def assert_same(mine, theirs):
     """Two answers: tokens and masks equal, latents to 3e-4 (each is made from the one before)."""
-    for name in ("ids", "is_latent", "is_sampled", "cut", "text"):
-        assert mine[name] == theirs[name], name
-    assert torch.allclose(mine["latents"], theirs["latents"], atol=3e-4)
+    for name in ("ids", "is_latent", "is_sampled", "truncated", "text"):
+        assert getattr(mine, name) == getattr(theirs, name), name
+    assert torch.allclose(mine.latents, theirs.latents, atol=3e-4)
 
 
 # ---------------------------------------------------------------- reward, Eq. 9
 
-ROW = {"options": {"A": "Left", "B": "Right", "C": "Up"}, "key": "B", "id": "q7"}
+ROW = Row(id="q7", text_input="Where?", options={"A": "Left", "B": "Right", "C": "Up"}, key="B")
 BLOCK = "<|latent_start|><|latent_pad|><|latent_pad|><|latent_end|>"
 GOOD = f"\n<think>It {BLOCK} turns.</think>\n<answer>B. Right</answer><|im_end|>"
+
+
+def completion_of(text, ids=(), **changes):
+    """An answer of which the test sets what it is about."""
+    ids, none = list(ids), torch.zeros(0, 1)
+    given = {"is_latent": [False] * len(ids), "is_sampled": [True] * len(ids), "latents": none} | changes
+    return Completion(ids=ids, text=text, **{"truncated": False, **given})
 
 
 @pytest.mark.parametrize(
@@ -179,17 +213,32 @@ GOOD = f"\n<think>It {BLOCK} turns.</think>\n<answer>B. Right</answer><|im_end|>
     ],
 )
 def test_the_reward_by_table(text, acc, fmt, fmt_without_imagery):
-    assert reward(ROW, {"text": text}, True) == (acc, fmt)
-    assert reward(ROW, {"text": text}, False) == (acc, fmt_without_imagery)
+    answer = completion_of(text)
+    assert reward(ROW, answer, True) == {"acc": acc, "fmt": fmt}
+    assert reward(ROW, answer, False) == {"acc": acc, "fmt": fmt_without_imagery}
+    assert all(type(value) is float for value in reward(ROW, answer, True).values())
 
 
 def test_a_word_and_a_letter_outside_the_options_earn_nothing():
     """ "Analyzing" is no A; E is no answer to a question with options A to C, even if it were the key."""
-    analysing = {"text": GOOD.replace("B. Right", "Analyzing")}
-    assert reward(ROW | {"key": "A"}, analysing, True) == (0, 1)
-    outside = {"text": GOOD.replace("B. Right", "E")}
-    assert reward(ROW | {"key": "E"}, outside, True)[0] == 0
-    assert reward(ROW | {"options": dict.fromkeys("ABCDE", ""), "key": "E"}, outside, True)[0] == 1
+    analysing = completion_of(GOOD.replace("B. Right", "Analyzing"))
+    assert reward(replace(ROW, key="A"), analysing, True) == {"acc": 0, "fmt": 1}
+    outside = completion_of(GOOD.replace("B. Right", "E"))
+    assert reward(replace(ROW, key="E"), outside, True)["acc"] == 0
+    assert reward(replace(ROW, options=dict.fromkeys("ABCDE", ""), key="E"), outside, True)["acc"] == 1
+
+
+def test_the_total_weighs_each_part_by_its_name():
+    """R = 1 · acc + 0.2 · fmt; the order of the parts does not matter, a part without a weight is refused."""
+    assert REWARD_WEIGHTS == {"acc": 1.0, "fmt": 0.2}
+    scores = [[{"acc": 1.0, "fmt": 1.0}, {"fmt": 1.0, "acc": 0.0}], [{"acc": 1.0, "fmt": 0.0}] * 2]
+    groups = [Group(n, None, scores=parts) for n, parts in enumerate(scores)]
+    total = total_rewards(groups, REWARD_WEIGHTS)
+    assert torch.allclose(total, torch.tensor([[1.2, 0.2], [1.0, 1.0]])) and total.dtype == torch.float32
+    other = total_rewards(groups, {"fmt": 0.5, "acc": 2.0})
+    assert torch.allclose(other, torch.tensor([[2.5, 0.5], [2.0, 2.0]]))
+    refused(lambda: total_rewards(groups, {"acc": 1.0}), "acc, fmt", "REWARD_WEIGHTS has acc;")
+    refused(lambda: total_rewards(groups, {**REWARD_WEIGHTS, "short": 1.0}), "REWARD_WEIGHTS", "short")
 
 
 def test_advantages_by_hand():
@@ -208,6 +257,11 @@ def test_equal_rewards_have_an_advantage_of_exactly_zero(value):
 
 
 # ---------------------------------------------------------------- Eq. 10
+
+
+def numbers(sums):
+    """Sums by name as numbers."""
+    return {name: float(value) for name, value in sums.items()}
 
 
 def random_tokens():
@@ -252,8 +306,9 @@ def test_the_clip_by_hand():
     loss.backward()
     slopes = [0, 1.1, 0.5, 0.9, -3.0, -2.2, 0, -1.8]
     assert logp.grad.tolist() == pytest.approx([-slope / 8 for slope in slopes])
-    sums = token_sums(loss, logp, ratio, divergence, 0.2).tolist()
-    by_hand = [loss.item(), 8.0, 4, 0, -logp.sum().item(), 8]  # four of the eight are beyond 0.8 to 1.2
+    sums = numbers(token_sums(loss, logp, ratio, divergence, 0.2))
+    by_hand = {"loss": loss.item(), "ratio": 8.0, "clip": 4, "kl": 0, "entropy": -logp.sum().item()}
+    by_hand["n_text"] = 8  # four of the eight are beyond 0.8 to 1.2
     assert sums == pytest.approx(by_hand, abs=1e-6)
 
 
@@ -301,42 +356,42 @@ def test_on_average_k1_does_not_pull_and_k3_does():
 # ---------------------------------------------------------------- what was sampled is what is scored
 
 
-def test_the_rollout_holds_what_the_tests_below_rest_on(policy, rollout):
+def test_the_rollout_holds_what_the_tests_below_rest_on(policy, groups):
     """Prompts of other lengths, blocks at other steps, early stops, cuts within a block, no imagery."""
-    prompts, groups = rollout
-    answers = [made for group in groups for made in group]
-    assert len({len(prompt["ids"]) for prompt in prompts}) == 4
-    assert all({made["cut"] for made in group} == {True, False} for group in groups)
-    assert len({len(made["ids"]) for made in answers if not made["cut"]}) >= 5
+    answers = all_answers(groups)
+    assert len({len(group.prompt.ids) for group in groups}) == 4
+    for group in groups:
+        assert {completion.truncated for completion in group.completions} == {True, False}
+    whole = [completion for completion in answers if not completion.truncated]
+    assert len({len(completion.ids) for completion in whole}) >= 5
     for step in (6, 10, 14):
-        states = {made["is_latent"][step] if step < len(made["ids"]) else None for made in answers}
+        states = {one.is_latent[step] if step < len(one.ids) else None for one in answers}
         assert states == {True, False, None}  # inside a block, outside, finished
-    done = [made for made in answers if not made["cut"]]
-    assert {0, 4, 8} <= {len(made["latents"]) for made in done}
-    assert any(len(made["latents"]) % policy.K for made in answers)
+    assert {0, 4, 8} <= {len(completion.latents) for completion in whole}
+    assert any(len(completion.latents) % policy.K for completion in answers)
 
 
 @pytest.mark.parametrize("prefix", ["shared", "rows"])
-def test_replayed_log_probs_are_the_samplers(policy, images, rollout, tables, prefix):
+def test_replayed_log_probs_are_the_samplers(policy, vision, groups, tables, prefix):
     """To 1e-4, against one row at a time without cache, whose latents are its own hidden states."""
-    prompts, groups = rollout
-    batch, latents = pack(policy, images, prompts, groups, prefix, True)
+    batch, latents = pack(policy, vision, groups, prefix, True)
     with torch.no_grad():
         logp, imagined, _ = policy(batch, latents, True, HOT)
-    pairs = [(table, made) for line, group in zip(tables, groups) for table, made in zip(line, group)]
-    expected = torch.cat([at_scored(policy, table, made) for table, made in pairs])
+    pairs = zip(sum(tables, []), all_answers(groups))
+    expected = torch.cat([at_scored(policy, table, completion) for table, completion in pairs])
     assert len(expected) > 60 and torch.allclose(logp, expected, atol=1e-4)
     assert torch.allclose(policy.feedback(imagined), latents, atol=3e-4)  # what is replayed was its own
 
 
-def test_the_sampler_drew_from_these_log_probs(policy, rollout, tables):
+def test_the_sampler_drew_from_these_log_probs(groups, tables):
     """Each sampled token is where the draw of its generator falls in the sum of the naive probabilities."""
     drawn = 0
-    for question, group in enumerate(rollout[1]):
-        for number, made in enumerate(group):
-            uniform = torch.rand(MAX_NEW, generator=dice(1, 0, question, number), dtype=torch.float64)
-            for t, token in enumerate(made["ids"]):
-                if made["is_sampled"][t]:
+    for question, group in enumerate(groups):
+        for number, completion in enumerate(group.completions):
+            generator = answer_generator(1, 0, question, number)
+            uniform = torch.rand(MAX_NEW, generator=generator, dtype=torch.float64)
+            for t, token in enumerate(completion.ids):
+                if completion.is_sampled[t]:
                     total = tables[question][number][t].double().exp().cumsum(dim=0)
                     low = total[token - 1].item() if token else 0.0
                     assert low - 1e-4 <= uniform[t].item() <= total[token].item() + 1e-4
@@ -344,27 +399,31 @@ def test_the_sampler_drew_from_these_log_probs(policy, rollout, tables):
     assert drawn > 150
 
 
-def test_an_answer_does_not_depend_on_its_batch(policy, images, rows, rollout):
-    """One prefill for all questions, for its own, for itself alone: the same answer to the same dice."""
-    prompts, groups = rollout
-    how = {"max_new": MAX_NEW, "images": images, "temperature": HOT}
+def test_an_answer_does_not_depend_on_its_batch(policy, vision, groups):
+    """One prefill for all questions, for its own, for itself alone: the same answer to the same numbers."""
+
+    def answers_to(questions, generators):
+        prompts = [groups[question].prompt for question in questions]
+        return generate(policy, prompts, MAX_NEW, vision, temperature=HOT, generators=generators)
+
     for question in (0, 3):
-        generators = [dice(1, 0, question, number) for number in range(G)]
-        made = generate(policy, [prompts[question]], **how, generators=generators)
-        for mine, theirs in zip(made, groups[question]):
+        expected = groups[question].completions
+        for mine, theirs in zip(answers_to([question], generators_of(question)), expected):
             assert_same(mine, theirs)
         for number in range(G):
-            alone = generate(policy, [prompts[question]], **how, generators=[dice(1, 0, question, number)])
-            assert_same(alone[0], groups[question][number])
-    back = [dice(1, 0, question, number) for question in (3, 1) for number in reversed(range(G))]
-    made = generate(policy, [prompts[3], prompts[1]], **how, generators=back)
-    for mine, theirs in zip(made, groups[3][::-1] + groups[1][::-1]):
+            alone = answers_to([question], generators_of(question, [number]))
+            assert_same(alone[0], expected[number])
+    backwards = [generators_of(question, reversed(range(G))) for question in (3, 1)]
+    answers = answers_to([3, 1], sum(backwards, []))
+    expected = groups[3].completions[::-1] + groups[1].completions[::-1]
+    assert len(answers) == len(expected)
+    for mine, theirs in zip(answers, expected):
         assert_same(mine, theirs)
 
 
-def test_dice_are_a_function_of_seed_step_question_and_answer():
+def test_random_numbers_are_a_function_of_seed_step_question_and_answer():
     def draws(*key):
-        return tuple(torch.rand(3, generator=dice(*key)).tolist())
+        return tuple(torch.rand(3, generator=answer_generator(*key)).tolist())
 
     keys = [
         (0, 0, 0, 0),
@@ -381,49 +440,54 @@ def test_dice_are_a_function_of_seed_step_question_and_answer():
 
 def test_an_answer_as_a_sample_by_hand():
     """The docstring's example; a cut-off answer has an empty T_i; positions go on after the largest one."""
-    made = {"ids": [5, 6, 90, 91, 91, 92, 7, 99], "is_latent": [False] * 3 + [True] * 2 + [False] * 3}
-    made |= {"is_sampled": [True] * 3 + [False] * 3 + [True] * 2, "cut": False}
-    prompt = {"positions": torch.tensor([[0, 4, 4, 9], [0, 4, 5, 6], [0, 4, 11, 6]]), "where": "rl.jsonl:3"}
-    sample = answer_sample(prompt, made)
-    assert sample["ids"].tolist() == made["ids"]
-    assert sample["is_latent"].int().tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
-    assert sample["is_text"].int().tolist() == [1, 1, 1, 0, 0, 0, 1, 1]
-    assert sample["positions"].tolist() == [list(range(12, 20))] * 3
-    assert sample["is_real"].all() and not sample["is_visual"].any() and sample["where"] == "rl.jsonl:3"
-    assert not answer_sample(prompt, made | {"cut": True})["is_text"].any()
+    is_latent = [False] * 3 + [True] * 2 + [False] * 3
+    is_sampled = [True] * 3 + [False] * 3 + [True] * 2
+    ids = [5, 6, 90, 91, 91, 92, 7, 99]
+    answer = completion_of("", ids, is_latent=is_latent, is_sampled=is_sampled)
+    four = torch.zeros(4, dtype=torch.bool)
+    positions = torch.tensor([[0, 4, 4, 9], [0, 4, 5, 6], [0, 4, 11, 6]])
+    prompt = Sample(torch.arange(4), positions, four, four, four, ~four, source="rl.jsonl:3")
+    sample = answer_sample(prompt, answer)
+    assert sample.ids.tolist() == ids
+    assert sample.is_latent.int().tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
+    assert sample.is_text.int().tolist() == [1, 1, 1, 0, 0, 0, 1, 1]
+    assert sample.positions.tolist() == [list(range(12, 20))] * 3
+    assert sample.is_real.all() and not sample.is_visual.any() and sample.source == "rl.jsonl:3"
+    assert sample.video == sample.overlays == ()
+    assert not answer_sample(prompt, replace(answer, truncated=True)).is_text.any()
 
 
-def test_a_packed_batch_holds_the_answers_in_order(policy, images, rollout):
+def test_a_packed_batch_holds_the_answers_in_order(policy, vision, groups):
     """Rows: answers of the first question, then of the second; latents in that order; T_i as the ids say."""
-    prompts, groups = rollout
+    answers = all_answers(groups)
     for prefix in ("shared", "rows"):
-        batch, latents = pack(policy, images, prompts, groups, prefix, True)
-        assert batch["is_text"].shape == batch["ids"].shape and len(batch["ids"]) == 4 * G
-        assert torch.equal(latents, torch.cat([made["latents"] for group in groups for made in group]))
-        for row, made in enumerate(made for group in groups for made in group):
-            first = 0 if prefix == "shared" else len(prompts[row // G]["ids"])
-            places = [first + t for t in scored_places(policy, made)]
-            assert batch["is_text"][row].nonzero()[:, 0].tolist() == places
-            assert batch["ids"][row, first : first + len(made["ids"])].tolist() == made["ids"]
-            assert batch["is_latent"][row].sum() == len(made["latents"])
-        assert ("prompts" in batch) is (prefix == "shared")
+        batch, latents = pack(policy, vision, groups, prefix, True)
+        assert batch.is_text.shape == batch.ids.shape and len(batch.ids) == 4 * G
+        assert torch.equal(latents, torch.cat([completion.latents for completion in answers]))
+        for row, completion in enumerate(answers):
+            first = 0 if prefix == "shared" else len(groups[row // G].prompt.ids)
+            places = [first + t for t in scored_places(policy, completion)]
+            assert batch.is_text[row].nonzero()[:, 0].tolist() == places
+            assert batch.ids[row, first : first + len(completion.ids)].tolist() == completion.ids
+            assert batch.is_latent[row].sum() == len(completion.latents)
+        assert (batch.prompts is not None) is (prefix == "shared")
+        assert (batch.video_features is None) is (prefix == "shared")  # of the prompts, there and here
 
 
-def test_without_replay_the_log_probs_are_others(policy, images, rollout, tables):
+def test_without_replay_the_log_probs_are_others(policy, vision, groups):
     """The pitfall: pad embeddings at latent positions change all that follows an image, nothing before it."""
-    prompts, groups = rollout
-    logps = []
+    log_probs = []
     for replay in (True, False):
-        batch, latents = pack(policy, images, prompts, groups, "shared", replay)
+        batch, latents = pack(policy, vision, groups, "shared", replay)
         with torch.no_grad():
-            logps.append(policy(batch, latents, True, HOT)[0])
-    pad = policy.net.get_input_embeddings().weight[policy.ids["latent_pad"]]
+            log_probs.append(policy(batch, latents, True, HOT)[0])
+    pad = policy.qwen.get_input_embeddings().weight[policy.token_id["latent_pad"]]
     assert latents.eq(pad).all() and not latents.requires_grad
-    away, moved = iter((logps[1] - logps[0]).abs().tolist()), []
-    for made in (made for group in groups for made in group):
-        for t in scored_places(policy, made):
-            change = next(away)
-            if any(made["is_latent"][:t]):
+    changes, moved = iter((log_probs[1] - log_probs[0]).abs().tolist()), []
+    for completion in all_answers(groups):
+        for t in scored_places(policy, completion):
+            change = next(changes)
+            if any(completion.is_latent[:t]):
                 moved.append(change)
             else:
                 assert change < 1e-5
@@ -433,49 +497,50 @@ def test_without_replay_the_log_probs_are_others(policy, images, rollout, tables
 # ---------------------------------------------------------------- the gradient
 
 
-def update(policy, reference, images, prompts, groups, prefix="shared", advantage=None, beta=0.5):
+def update(policy, reference, vision, groups, prefix="shared", advantage=None, beta=0.5):
     """One pass of Eq. 10 as the script makes it -> loss, gradients by name."""
-    batch, latents = pack(policy, images, prompts, groups, prefix, True)
+    batch, latents = pack(policy, vision, groups, prefix, True)
     with torch.no_grad():
         ref = reference(batch, latents, True, HOT)[0]
     logp = policy(batch, latents, True, HOT)[0]
-    count = sum(len(group) for group in groups)
+    count = len(all_answers(groups))
     advantage = torch.linspace(-1.5, 2, count) if advantage is None else advantage
-    given = (advantage, batch["is_text"].nonzero()[:, 0], count, 0.2, beta)
+    given = (advantage, batch.is_text.nonzero()[:, 0], count, 0.2, beta)
     loss = grpo_loss(logp, logp.detach(), ref, *given)[0]
     policy.zero_grad(set_to_none=True)
     loss.backward()
     return loss.item(), {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 
 
+def largest(gradients):
+    return max(gradient.abs().max() for gradient in gradients.values())
+
+
 @pytest.mark.parametrize("questions", [[0, 1, 2, 3], [2, 0], [1]], ids=str)
-def test_a_shared_prompt_gives_the_loss_and_gradients_of_rows(policy, reference, images, rollout, questions):
+def test_a_shared_prompt_gives_the_loss_and_gradients_of_rows(policy, reference, vision, groups, questions):
     """To 1e-5, with prompts of other lengths (or one), and cut-off answers among them."""
-    some = [[part[question] for question in questions] for part in rollout]
-    assert {made["cut"] for group in some[1] for made in group} == {True, False}
-    loss, mine = update(policy, reference, images, *some, "shared")
-    other, theirs = update(policy, reference, images, *some, "rows")
+    some = [groups[question] for question in questions]
+    assert {completion.truncated for completion in all_answers(some)} == {True, False}
+    loss, mine = update(policy, reference, vision, some, "shared")
+    other, theirs = update(policy, reference, vision, some, "rows")
     assert loss == pytest.approx(other, abs=1e-5) and abs(loss) > 0.01
     assert mine.keys() == theirs.keys() and len(mine) > 20
     for name, gradient in mine.items():
         assert torch.allclose(gradient, theirs[name], atol=1e-5), name
-    assert max(gradient.abs().max() for gradient in mine.values()) > 0.01
+    assert largest(mine) > 0.01
 
 
 @pytest.mark.parametrize("prefix", ["shared", "rows"])
-def test_only_logits_of_scored_tokens_have_a_gradient(
-    policy, reference, images, rollout, prefix, monkeypatch
-):
-    """The state that speaks about token t has one if t is in T_i, exactly none otherwise; banned ids none."""
-    prompts, groups = rollout
-    groups = [*groups[:3], [made | {"cut": True} for made in groups[3]]]  # one question's are all cut off
+def test_only_logits_of_scored_tokens_have_a_gradient(policy, reference, vision, groups, prefix, monkeypatch):
+    """The state before token t has one if t is in T_i, exactly none otherwise; forbidden ids none."""
+    groups = [*groups[:3], cut_off(groups[3])]
     states, logits = [], []
 
     def keep_states(module, inputs, kwargs, output):
         output.last_hidden_state.retain_grad()
         states.append((kwargs["inputs_embeds"].shape[:2], kwargs["read"], output.last_hidden_state))
 
-    real = TargetLogps.backward
+    real = TargetLogProbs.backward
 
     def keep_gradient(ctx, g):
         memory = ctx.saved_tensors[2]  # in which the logits' gradient is made
@@ -483,89 +548,74 @@ def test_only_logits_of_scored_tokens_have_a_gradient(
         logits.append(memory)
         return result
 
-    monkeypatch.setattr(TargetLogps, "backward", staticmethod(keep_gradient))
-    hook = policy.net.model.language_model.register_forward_hook(keep_states, with_kwargs=True)
-    update(policy, reference, images, prompts, groups, prefix)
+    monkeypatch.setattr(TargetLogProbs, "backward", staticmethod(keep_gradient))
+    hook = policy.qwen.model.language_model.register_forward_hook(keep_states, with_kwargs=True)
+    update(policy, reference, vision, groups, prefix)
     hook.remove()
-    places = [scored_places(policy, m) if not m["cut"] else [] for group in groups for m in group]
+    places = [[] if one.truncated else scored_places(policy, one) for one in all_answers(groups)]
     expected = [torch.zeros(shape, dtype=torch.bool) for shape, _, _ in states]
     for row, scored in enumerate(places):
         for t in scored:
             if prefix == "rows":
-                expected[0][row, len(prompts[row // G]["ids"]) + t - 1] = True
+                expected[0][row, len(groups[row // G].prompt.ids) + t - 1] = True
             elif t:
                 expected[1][row, t - 1] = True
-            else:  # the prompt's last state speaks about the first token of all its answers
+            else:  # the prompt's last state predicts the first token of all its answers
                 expected[0][row // G, -1] = True
     assert len(states) == (2 if prefix == "shared" else 1)
     for (_, read, state), mask in zip(states, expected):
         moved, everywhere = state.grad.ne(0).any(dim=-1).flatten(), torch.arange(mask.numel())
-        read = everywhere if read is None else read  # where the last layer spoke at all
+        read = everywhere if read is None else read  # where the last layer made a state at all
         assert torch.equal(everywhere[mask.flatten()], read[moved])
     assert sum(map(len, logits)) == sum(map(len, places)) > 50
     for one in logits:
-        assert one.ne(0).any(dim=-1).all() and one[:, policy.banned].eq(0).all()
+        assert one.ne(0).any(dim=-1).all() and one[:, policy.forbidden_ids].eq(0).all()
 
 
-def test_equal_rewards_leave_the_kl_term_alone(policy, reference, images, rollout):
+def test_equal_rewards_leave_the_kl_term_alone(policy, reference, vision, groups):
     """A group without spread: no gradient at β = 0; with β that of the KL term, the same for any reward."""
-    prompts, groups = rollout
     zero = advantages(torch.full((4, G), 0.2)).flatten()
-    _, nothing = update(policy, reference, images, prompts, groups, advantage=zero, beta=0.0)
+    _, nothing = update(policy, reference, vision, groups, advantage=zero, beta=0.0)
     assert all(gradient.eq(0).all() for gradient in nothing.values()) and len(nothing) > 20
-    loss, pull = update(policy, reference, images, prompts, groups, advantage=zero, beta=0.5)
-    assert loss > 0.01 and max(gradient.abs().max() for gradient in pull.values()) > 0.01
-    _, none = update(policy, policy, images, prompts, groups, advantage=zero, beta=0.5)  # its own reference
-    assert max(gradient.abs().max() for gradient in none.values()) < 1e-6
+    loss, pull = update(policy, reference, vision, groups, advantage=zero, beta=0.5)
+    assert loss > 0.01 and largest(pull) > 0.01
+    _, none = update(policy, policy, vision, groups, advantage=zero, beta=0.5)  # its own reference
+    assert largest(none) < 1e-6
 
 
 @pytest.mark.parametrize("prefix", ["shared", "rows"])
-def test_a_batch_of_cut_off_answers_has_a_zero_gradient(policy, reference, images, rollout, prefix):
+def test_a_batch_of_cut_off_answers_has_a_zero_gradient(policy, reference, vision, groups, prefix):
     """Zeros and not None, which two processes would wait for; no nan of a division by |T_i| = 0."""
-    prompts, groups = rollout
-    groups = [[made | {"cut": True} for made in group] for group in groups]
-    loss, gradients = update(policy, reference, images, prompts, groups, prefix)
+    loss, gradients = update(policy, reference, vision, [cut_off(group) for group in groups], prefix)
     assert loss == 0 and len(gradients) > 20
     assert all(gradient.eq(0).all() for gradient in gradients.values())
 
 
-def test_a_cut_off_answer_gives_no_gradient(policy, reference, images, rollout):
+def test_a_cut_off_answer_gives_no_gradient(policy, reference, vision, groups):
     """Neither what it says nor its advantage matters."""
-    prompts, group = rollout[0][:1], list(rollout[1][0])
-    at, advantage = next(n for n in range(G) if group[n]["cut"]), torch.linspace(-1, 1, G)
-    loss, gradients = update(policy, reference, images, prompts, [group], advantage=advantage)
-    ids = zip(group[at]["ids"], group[at]["is_sampled"])
-    said = [9 if sampled and token != policy.ids["latent_start"] else token for token, sampled in ids]
-    assert said != group[at]["ids"] and max(gradient.abs().max() for gradient in gradients.values()) > 0.01
-    group[at], advantage[at] = group[at] | {"ids": said}, 50.0
-    other, same = update(policy, reference, images, prompts, [group], advantage=advantage)
+    answers, advantage = list(groups[0].completions), torch.linspace(-1, 1, G)
+    number = next(n for n in range(G) if answers[n].truncated)
+    loss, gradients = update(policy, reference, vision, groups[:1], advantage=advantage)
+    start, changed = policy.token_id["latent_start"], []
+    for token, is_sampled in zip(answers[number].ids, answers[number].is_sampled):
+        changed.append(9 if is_sampled and token != start else token)
+    assert changed != answers[number].ids and largest(gradients) > 0.01
+    answers[number] = replace(answers[number], ids=changed)
+    advantage[number] = 50.0
+    other_groups = [with_answers(groups[0], answers)]
+    other, same = update(policy, reference, vision, other_groups, advantage=advantage)
     assert loss == other
     assert all(torch.allclose(gradient, same[name], atol=1e-7) for name, gradient in gradients.items())
 
 
-def test_answers_without_imagery_can_be_scored(policy, reference, images, rollout):
-    plain = [made for group in rollout[1] for made in group if not made["cut"] and not len(made["latents"])]
-    groups = [[plain[0]] * G]
-    losses = [update(policy, reference, images, rollout[0][:1], groups, p)[0] for p in ("shared", "rows")]
+def test_answers_without_imagery_can_be_scored(policy, reference, vision, groups):
+    plain = [one for one in all_answers(groups) if not one.truncated and not len(one.latents)]
+    some = [with_answers(groups[0], [plain[0]] * G)]
+    losses = [update(policy, reference, vision, some, prefix)[0] for prefix in ("shared", "rows")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] != 0
 
 
 # ---------------------------------------------------------------- the log
-
-
-def test_sums_over_answers_by_hand():
-    """Two questions with two answers; the second question's rewards are equal."""
-    texts = [f"{BLOCK} so {BLOCK}", "no", BLOCK + "<|latent_start|><|latent_pad|>", ""]
-    answers = [{"ids": [0] * n, "cut": n == 9, "text": text} for n, text in zip((5, 2, 9, 1), texts)]
-    scored = [[(1.0, 1.0), (1.0, 0.0)], [(0.0, 1.0), (0.0, 1.0)]]
-    rewards = torch.tensor([[1.2, 1.0], [0.2, 0.2]])
-    real = torch.ones(2, 9, dtype=torch.bool)
-    real[0, 5:] = False  # 14 of 18
-    batches = [{"is_real": real, "prompts": {"is_real": real[:1]}}, {"is_real": real}]
-    sums = answer_sums(scored, rewards, [answers[:2], answers[2:]], batches)
-    expected = {"reward": 2.6, "acc": 2, "fmt": 3, "length": 17, "cut": 1, "blocks": 4, "spread": 1}
-    expected |= {"real": 14 + 5 + 14, "places": 18 + 9 + 18}
-    assert sums == pytest.approx(expected)
 
 
 def test_sums_over_tokens_by_hand():
@@ -573,50 +623,23 @@ def test_sums_over_tokens_by_hand():
     logp = torch.tensor([-1.0, -2.0, -3.0, -4.0], requires_grad=True)
     ratio, divergence = torch.tensor([1.0, 1.25, 0.7, 0.85]), torch.tensor([0.1, 0.2, 0.3, 0.4])
     sums = token_sums(logp.sum(), logp, ratio, divergence, 0.2)
-    assert sums.tolist() == pytest.approx([-10, 3.8, 2, 1.0, 10, 4], abs=1e-6)
-    assert sums.dtype == torch.float64 and not sums.requires_grad
+    expected = {"loss": -10, "ratio": 3.8, "clip": 2, "kl": 1.0, "entropy": 10, "n_text": 4}
+    assert numbers(sums) == pytest.approx(expected, abs=1e-6)
+    for name in ("loss", "ratio", "kl", "entropy"):
+        assert sums[name].dtype == torch.float64 and not sums[name].requires_grad
 
 
 def test_a_line_of_the_log_puts_the_reward_first():
     entry = {"step": 12, "reward": 0.65, "acc": 0.6, "fmt": 0.25, "spread": 5.0, "groups": 8, "length": 80.4}
-    entry |= {
-        "cut": 0.125,
-        "blocks": 2.0,
-        "ratio": 1.0,
-        "clip": 0.0,
-        "kl": 0.01,
-        "entropy": 1.5,
-        "loss": -0.02,
-    }
-    entry |= {"gnorm": 0.9, "lr": 1e-5, "seconds": 2.0, "rollout": 3.5, "update": 7.0, "holdout": 0.5}
-    line = log_line(entry, 200, 1.0, 0.2)
+    entry |= {"cut": 0.125, "blocks": 2.0, "ratio": 1.0, "clip": 0.0, "kl": 0.01, "entropy": 1.5}
+    entry |= {"loss": -0.02, "gnorm": 0.9, "lr": 1e-5, "seconds": 2.0, "rollout": 3.5, "update": 7.0}
+    parts = weighted_terms(entry, REWARD_WEIGHTS, REWARD_WEIGHTS, digits=2)
+    line = log_line.format(**entry, holdout=0.5, steps=200, parts=parts)
     assert line.startswith("step    12/200 | reward 0.650 = 1 x acc 0.60 + 0.2 x fmt 0.25 | spread 5/8 |")
     for part in ("length 80", "cut 0.12", "imagery 2.0", "ratio 1.000", "clip 0.000", "kl 0.0100"):
         assert f" {part} |" in line
     for part in ("entropy 1.500 ", "lr 1.0e-05", "rollout 3.50k tok/s", "update 7.00k tok/s"):
         assert part in line
-
-
-def test_a_sample_answer_is_shown_with_its_imagery_and_reward():
-    made = {"text": GOOD.replace(BLOCK, BLOCK + " and <|latent_start|><|latent_pad|>"), "cut": True}
-    lines = shown(ROW, made, (1.0, 0.0), 1.0).splitlines()
-    assert lines[0] == "--- q7 | key B | reward 1.00 (acc 1, fmt 0) | cut off"
-    assert lines[1].startswith("<think>It {imagery x 2} and {imagery x 1} turns.</think>")
-    assert "cut off" not in shown(ROW, made | {"cut": False}, (1.0, 0.0), 1.0)
-
-
-def test_the_table_of_before_and_after_by_hand():
-    def summary(**shares):
-        scores = {n: {"n": 40, "accuracy": x, "low": x - 0.1, "high": x + 0.1} for n, x in shares.items()}
-        return {"scores": scores}
-
-    before = {"compound": summary(turn=0.25, micro=0.3), "single": summary(micro=0.5)}
-    after = {"compound": summary(turn=0.5, micro=0.3), "single": summary(micro=0.4)}
-    lines = [line.split() for line in compare_table(before, after).splitlines()]
-    assert lines[0] == ["n", "before", "%", "after", "%", "points"]
-    assert lines[1] == ["turn", "40", "25.0", "(15.0", "-", "35.0)", "50.0", "(40.0", "-", "60.0)", "+25.0"]
-    assert lines[2][:3] == ["compound,", "all", "40"] and lines[2][-1] == "+0.0"
-    assert lines[3][:3] == ["single,", "all", "40"] and lines[3][-1] == "-10.0"
 
 
 # ---------------------------------------------------------------- runs
@@ -650,13 +673,13 @@ def result_of(out):
     return log, load_file(newest_checkpoint(out) / "model.safetensors")
 
 
-def assert_equal_runs(mine, theirs):
+def assert_equal_runs(mine, theirs, relative=1e-5):
     """Logs and weights to 1e-5, times and padding aside."""
     assert len(mine[0]) == len(theirs[0]) > 0
     for one, other in zip(mine[0], theirs[0]):
         assert one.keys() == other.keys()
         for name in one.keys() - set(UNLIKE):
-            assert one[name] == pytest.approx(other[name], abs=1e-5, rel=1e-5), name
+            assert one[name] == pytest.approx(other[name], abs=1e-5, rel=relative), name
     assert mine[1].keys() == theirs[1].keys()
     for name, weight in mine[1].items():
         assert torch.allclose(weight, theirs[1][name], atol=1e-5), name
@@ -698,20 +721,28 @@ def test_a_step_does_not_depend_on(world, tmp_path, plain, change):
     assert_equal_runs(train(world, tmp_path / "run", *change), plain)
 
 
-def naive_loss(policy, reference, prompts, made, A, old, ratios):
+def test_the_plain_methods_make_the_same_steps(world, tmp_path, plain):
+    """FAST=False; the log to 1e-4 of each number, for the two round large logits differently.
+
+    The gradient's norm of the first step differs by 3.2e-5; with all of the update in float64 by 1e-16.
+    """
+    assert_equal_runs(train(world, tmp_path / "run", "FAST=False"), plain, relative=1e-4)
+
+
+def naive_loss(policy, reference, prompts, answers, A, old, ratios):
     """Eq. 10 answer by answer and token by token; ε = 0.15, β = 0.5, G = 3; fills `old` if it is empty."""
     loss = torch.zeros(())
-    for i, answer in enumerate(made):
-        if answer["cut"]:
+    for i, answer in enumerate(answers):
+        if answer.truncated:
             continue
-        prompt, latents = prompts[i // 3], answer["latents"]
-        logp = at_scored(policy, naive_logps(policy, prompt, answer, latents), answer)
-        ref = at_scored(reference, naive_logps(reference, prompt, answer, latents), answer)
+        given = (prompts[i // 3], answer, answer.latents)
+        logp = at_scored(policy, naive_log_probs(policy, *given), answer)
+        ref = at_scored(reference, naive_log_probs(reference, *given), answer)
         old.setdefault(i, logp.tolist())
         for t in range(len(logp)):
             rho, d = (logp[t] - old[i][t]).exp(), ref[t] - logp[t]
             gain = torch.minimum(rho * A[i], rho.clamp(0.85, 1.15) * A[i])
-            loss = loss - (gain - 0.5 * (d.exp() - d - 1)) / len(logp) / len(made)
+            loss = loss - (gain - 0.5 * (d.exp() - d - 1)) / len(logp) / len(answers)
             ratios.append(rho.item())
     return loss
 
@@ -725,35 +756,34 @@ def test_two_updates_of_a_rollout_equal_a_naive_loop(world, tmp_path, monkeypatc
         return rollouts[-1]
 
     monkeypatch.setattr(model_py, "generate", recorded)
-    more = ["MU=2", "STEPS=1", "MICRO_BATCH=3", "EPSILON=0.15", "W_ACC=2", "LR=3e-4"]
+    more = ["MU=2", "STEPS=1", "MICRO_BATCH=3", "EPSILON=0.15", "LR=3e-4"]
+    more.append('REWARD_WEIGHTS={"acc": 2.0, "fmt": 0.2}')
     (entry,), _ = train(world, tmp_path / "run", *more)
     assert len(rollouts) == 1
 
-    # the answers are those that the dice give at this temperature, from the full softmax
+    # the answers are those that the generators give at this temperature, from the full softmax
     policy, reference = load_model(world / "dift"), load_model(world / "other").requires_grad_(False)
     rows = read_rows(world / "rl.jsonl")
-    asked = {
-        index: encode_row(policy, rows[index], answer=False)
-        for index in rows_of_step(0, len(rows), 4, seed=2)
-    }
-    chosen = sorted(asked, key=lambda index: len(asked[index]["ids"]))
-    made, prompts = rollouts[0], [asked[index] for index in chosen]
-    assert {(answer["cut"], len(answer["latents"]) > 0) for answer in made} >= {(True, True), (False, True)}
-    generators = [dice(2, 0, index, number) for index in chosen for number in range(3)]
+    drawn = rows_of_step(0, len(rows), 4, seed=2)
+    prompt_of = {index: encode_row(policy, rows[index], answer=False) for index in drawn}
+    chosen = sorted(prompt_of, key=lambda index: len(prompt_of[index].ids))
+    answers, prompts = rollouts[0], [prompt_of[index] for index in chosen]
+    kinds = {(answer.truncated, len(answer.latents) > 0) for answer in answers}
+    assert kinds >= {(True, True), (False, True)}
+    generators = [answer_generator(2, 0, index, number) for index in chosen for number in range(3)]
     same = real(policy, prompts, 20, temperature=HOT, generators=generators)
-    assert [answer["ids"] for answer in same] == [answer["ids"] for answer in made]
+    assert [answer.ids for answer in same] == [answer.ids for answer in answers]
 
     # rewards of FAKE's letters; answers that were cut off count in the mean and the std
-    keys, A = [rows[index]["key"] for index in chosen for _ in range(3)], []
-    rewards = [2.0 * ("ABCD"[len(answer["text"]) % 4] == key) for answer, key in zip(made, keys)]
-    for group in (rewards[at : at + 3] for at in range(0, 12, 3)):
+    keys, A = [rows[index].key for index in chosen for _ in range(3)], []
+    rewards = [2.0 * ("ABCD"[len(answer.text) % 4] == key) for answer, key in zip(answers, keys)]
+    for group in (rewards[start : start + 3] for start in range(0, 12, 3)):
         A += [(r - statistics.mean(group)) / (statistics.stdev(group) + 1e-4) for r in group]
 
-    policy.net.model.visual.requires_grad_(False)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer, old, ratios, losses = torch.optim.AdamW(trained, 3e-4, weight_decay=0.0), {}, [], []
     for _ in range(2):
-        loss = naive_loss(policy, reference, prompts, made, A, old, ratios)
+        loss = naive_loss(policy, reference, prompts, answers, A, old, ratios)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -763,8 +793,8 @@ def test_two_updates_of_a_rollout_equal_a_naive_loop(world, tmp_path, monkeypatc
     assert entry["loss"] == pytest.approx(statistics.mean(losses), abs=1e-4)
     assert entry["ratio"] == pytest.approx(statistics.mean(ratios), abs=1e-4)
     assert entry["clip"] == pytest.approx(clipped / len(ratios)) and clipped > 0
-    start, end = (load_model(path).net.state_dict() for path in (world / "dift", tmp_path / "run"))
-    for name, weight in policy.net.state_dict().items():
+    start, end = (load_model(path).qwen.state_dict() for path in (world / "dift", tmp_path / "run"))
+    for name, weight in policy.qwen.state_dict().items():
         if "visual" not in name:  # where a gradient is next to nothing, AdamW makes much of its rounding
             assert (weight - end[name]).abs().mean() < 1e-6 < 1e-4 < (weight - start[name]).abs().mean()
 
@@ -774,30 +804,28 @@ def test_questions_that_cost_as_much_are_read_together(world, tmp_path, monkeypa
     """Longest answers of 40, 4, 41, 5 tokens: behind shared prompts 4 stands with 5 and 40 with 41."""
     lengths = [[40, 9, 2], [3, 4, 2], [41, 40, 3], [5, 5, 5]]  # in order of the prompts' lengths
 
-    def made_up(model, prompts, *args, **kwargs):
-        ids = [[30] * (n - 1) + [model.ids["im_end"]] for n in sum(lengths, [])]
-        none = torch.zeros(0, model.net.config.text_config.hidden_size)
-        flags = [{"is_latent": [False] * len(row), "is_sampled": [True] * len(row)} for row in ids]
-        more = {"latents": none, "cut": False, "text": ""}
-        return [{"ids": row} | flag | more for row, flag in zip(ids, flags)]
+    def given_answers(model, prompts, *args, **kwargs):
+        none = torch.zeros(0, model.config.text_config.hidden_size)
+        end = model.token_id["im_end"]
+        return [completion_of("", [30] * (n - 1) + [end], latents=none) for n in sum(lengths, [])]
 
-    monkeypatch.setattr(model_py, "generate", made_up)
+    monkeypatch.setattr(model_py, "generate", given_answers)
     (entry,), _ = train(world, tmp_path / "run", "STEPS=1", "MICRO_BATCH=2", f"PREFIX={prefix}")
 
     policy, rows = load_model(world / "dift"), read_rows(world / "rl.jsonl")
     drawn = [encode_row(policy, rows[index], answer=False) for index in rows_of_step(0, len(rows), 4, seed=2)]
-    prompts = sorted(len(prompt["ids"]) for prompt in drawn)
+    prompts = sorted(len(prompt.ids) for prompt in drawn)
 
     def padding(*pairs):
         read = places = 0
         for pair in pairs:
-            asked, made = [prompts[i] for i in pair], [lengths[i] for i in pair]
+            before, answers = [prompts[i] for i in pair], [lengths[i] for i in pair]
             if prefix == "shared":
-                read += sum(asked) + sum(map(sum, made))
-                places += 2 * max(asked) + 6 * max(map(max, made))
+                read += sum(before) + sum(map(sum, answers))
+                places += 2 * max(before) + 6 * max(map(max, answers))
             else:
-                read += 3 * sum(asked) + sum(map(sum, made))
-                places += 6 * max(p + max(some) for p, some in zip(asked, made))
+                read += 3 * sum(before) + sum(map(sum, answers))
+                places += 6 * max(p + max(some) for p, some in zip(before, answers))
         return 1 - read / places
 
     pairs = [((0, 1), (2, 3)), ((1, 3), (0, 2)), ((0, 3), (1, 2))]
@@ -822,13 +850,13 @@ def test_a_run_ends_with_scores_before_and_after(world, tiny, tmp_path, monkeypa
     more = [f"HOLDOUT={world / 'held.jsonl'}", single, "HOLDOUT_ROWS=2", "STEPS=3", "EVAL_EVERY=2"]
     more += ["SAVE_EVERY=1", "LR=1e-3", "SAMPLE_EVERY=1", "GLOBAL_BATCH=2"]
     whole, weights = train(world, tmp_path / "whole", *more)
-    said = capsys.readouterr().out
-    assert "LR=0.001" in said and f"torch {torch.__version__}" in said and "first question:" in said
-    assert said.count("\nstep ") == 3 and said.count("\n--- ") == 3 and "{imagery x 4}" in said
-    assert "HOLDOUT after 2 steps: " in said and [entry["step"] for entry in whole if "holdout" in entry] == [
-        2
-    ]
-    table = said[said.index("before %") :]
+    printed = capsys.readouterr().out
+    assert "LR=0.001" in printed and f"torch {torch.__version__}" in printed and "first question:" in printed
+    assert "1 x cpu" in printed and "M trained weights" in printed
+    assert printed.count("\nstep ") == 3 and printed.count("\n--- ") == 3 and "{imagery x 4}" in printed
+    assert "HOLDOUT after 2 steps: " in printed
+    assert [entry["step"] for entry in whole if "holdout" in entry] == [2]
+    table = printed[printed.index("before %") :]
     assert all(name in table for name in ("compound, all", "single, all", "turn_0", "camera_single"))
     for part in ("compound", "single"):
         for moment in ("before", "after"):
@@ -840,7 +868,7 @@ def test_a_run_ends_with_scores_before_and_after(world, tiny, tmp_path, monkeypa
     assert (run["step"], run["LR"], run["MODEL"]) == (3, 1e-3, str(world / "dift"))
     assert run["reference_path"] == str(world / "other" / "step_000001")
 
-    real = model_py.os.replace
+    real = os.replace
 
     def killed(source, target):
         if str(target).endswith("step_000002"):
@@ -848,7 +876,7 @@ def test_a_run_ends_with_scores_before_and_after(world, tiny, tmp_path, monkeypa
         real(source, target)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(model_py.os, "replace", killed)
+        patch.setattr(os, "replace", killed)
         train(world, tmp_path / "killed", *more)
     assert newest_checkpoint(tmp_path / "killed").name == "step_000001"
     assert len((tmp_path / "killed" / "log.jsonl").read_text().splitlines()) == 2
@@ -874,8 +902,8 @@ def test_scores_before_are_the_policys(world, tmp_path):
         lines = (tmp_path / "run" / "before" / "compound" / "results.jsonl").read_text().splitlines()
         model = load_model(world / name)
         greedy = generate(model, [encode_row(model, row, answer=False) for row in rows], 20)
-        assert [json.loads(line)["text"] for line in lines] == [made["text"] for made in greedy]
-        texts.append([made["text"] for made in greedy])
+        assert [json.loads(line)["text"] for line in lines] == [answer.text for answer in greedy]
+        texts.append([answer.text for answer in greedy])
     assert texts[0] != texts[1]
 
 
@@ -892,8 +920,9 @@ def test_two_processes_equal_one(world, plain, tmp_path, layout):
     (tmp_path / "pair.py").write_text(PAIR.format(fake=FAKE))
     out, more = tmp_path / "run", ["MICRO_BATCH=1", "SAVE_EVERY=1", f"PARALLEL={layout}"]
     scored = [f"HOLDOUT={world / 'held.jsonl'}", "EVAL_EVERY=0"]
-    said = two_processes(tmp_path / "pair.py", *words(world, out, *more, *scored))
-    assert said.count("2 x cpu") == 1 and said.count("| reward ") == said.count("compound, all") + 1 == 2
+    printed = two_processes(tmp_path / "pair.py", *words(world, out, *more, *scored))
+    assert printed.count("2 x cpu") == 1
+    assert printed.count("| reward ") == printed.count("compound, all") + 1 == 2
     assert_equal_runs(result_of(out), plain)
     kept = load_file(newest_checkpoint(out) / "optimizer.safetensors")
     forget_last(out)
@@ -914,12 +943,59 @@ def test_an_ablation_runs_cut_up_too(world, tmp_path):
     assert_equal_runs(result_of(tmp_path / "run"), alone)
 
 
+REWARD_2 = 'REWARD_WEIGHTS={"acc": 2.0, "fmt": 0.5}'
+# the constants of a run in the config.json of a checkpoint from before REWARD_WEIGHTS and FAST
+FORMER = "MODEL REFERENCE DATA VIDEOS HOLDOUT SINGLES OUT FPS MAX_FRAMES HOLDOUT_ROWS TEST_BATCH"
+FORMER += " LATENT_REPLAY PREFIX STEPS GLOBAL_BATCH MICRO_BATCH MU LR WARMUP WEIGHT_DECAY CLIP G"
+FORMER += " ROLLOUT_BATCH MAX_NEW TEMPERATURE EPSILON BETA KL W_ACC W_FMT FORMAT_NEEDS_IMAGERY LOG_EVERY"
+FORMER += " SAMPLE_EVERY EVAL_EVERY SAVE_EVERY RESUME CACHE_FEATURES PARALLEL CHECKPOINTING SEED"
+
+
+def make_former(out):
+    """Gives the newest checkpoint of a run the record that the code wrote before."""
+    file = newest_checkpoint(out) / "config.json"
+    config = json.loads(file.read_text())
+    values, weights = config["run"], config["run"]["REWARD_WEIGHTS"]
+    values |= {"W_ACC": weights["acc"], "W_FMT": weights["fmt"]}
+    names = [*FORMER.split(), "start_path", "reference_path", "step"]
+    config["run"] = {name: values[name] for name in names}
+    file.write_text(json.dumps(config, indent=1))
+
+
+def test_a_run_of_the_former_code_goes_on(world, tmp_path, plain):
+    """Its record has W_ACC and W_FMT; the rest of the run is the same to the bit."""
+    out = tmp_path / "run"
+    train(world, out, "SAVE_EVERY=1")
+    forget_last(out)
+    make_former(out)
+    refused(lambda: train(world, out, "LR=0.5"), "LR=2e-05", "RESUME=never")
+    refused(lambda: train(world, out, REWARD_2), "REWARD_WEIGHTS=", "RESUME=never")
+    log, weights = train(world, out, "SAVE_EVERY=1")
+    assert_equal_runs((log, weights), plain)
+    assert [entry["loss"] for entry in log] == [entry["loss"] for entry in plain[0]]
+    assert all(torch.equal(weight, plain[1][name]) for name, weight in weights.items())
+    run = json.loads((newest_checkpoint(out) / "config.json").read_text())["run"]
+    assert run["step"] == 2 and run["REWARD_WEIGHTS"] == {"acc": 1.0, "fmt": 0.2}
+    assert run["reference_path"] == str(world / "other" / "step_000001")
+
+
+def test_a_run_of_the_former_code_keeps_its_weights(world, tmp_path):
+    """It goes on with the weights that W_ACC and W_FMT had, and with no others."""
+    out, more = tmp_path / "run", ["STEPS=1", "GLOBAL_BATCH=2"]
+    train(world, out, *more, REWARD_2)
+    make_former(out)
+    refused(lambda: train(world, out, *more), f"{out}", "REWARD_WEIGHTS=", "2.0", "RESUME=never")
+    train(world, out, *more, REWARD_2)
+
+
 def test_the_folder_of_another_run_is_refused(world, tmp_path):
     out = tmp_path / "run"
     train(world, out, "STEPS=1", "GLOBAL_BATCH=2")
-    for word in ("LR=0.5", "SEED=3", "G=4", "MU=2", "GLOBAL_BATCH=4", "MAX_NEW=8", "LATENT_REPLAY=False"):
-        said = (f"{out}", f"{word.split('=')[0]}=", "RESUME=never")
-        refused(lambda word=word: train(world, out, "GLOBAL_BATCH=2", word), *said)
+    changes = ["LR=0.5", "SEED=3", "G=4", "MU=2", "GLOBAL_BATCH=4", "MAX_NEW=8", "LATENT_REPLAY=False"]
+    changes += [REWARD_2, "BETA=0.25", "KL=k1", "EPSILON=0.1", "FORMAT_NEEDS_IMAGERY=False"]
+    for word in changes:
+        parts = (f"{out}", f"{word.split('=')[0]}=", "RESUME=never")
+        refused(lambda word=word: train(world, out, "GLOBAL_BATCH=2", word), *parts)
     log, _ = train(world, out, "STEPS=1", "GLOBAL_BATCH=2", "RESUME=never", "LR=0.5")
     assert len(log) == 1 and log[0]["lr"] == 0.5
 
@@ -928,7 +1004,7 @@ def test_the_folder_of_another_run_is_refused(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, part",
     [
         (["G=1"], "G=1"),
         (["TEMPERATURE=0"], "TEMPERATURE=0"),
@@ -941,17 +1017,28 @@ def test_the_folder_of_another_run_is_refused(world, tmp_path):
         (["REFERENCE=none"], "none"),
         (["DATA=none.jsonl"], "none.jsonl"),
         (["HOLDOUT=none.jsonl"], "none.jsonl"),
-        (["STEP=3"], "STEPS"),
+        (["REWARD_WEIGHTS=2"], "REWARD_WEIGHTS=2"),
+        (["REWARD_WEIGHTS={'acc': 1.0}"], "acc, fmt"),
+        (["REWARD_WEIGHTS={'acc': 1.0, 'form': 0.2}"], "acc, fmt"),
+        (["REWARD_WEIGHTS={'acc': 'ten', 'fmt': 0.2}"], "REWARD_WEIGHTS"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_bad_constants_are_one_sentence(world, tmp_path, change, said):
-    refused(lambda: train(world, tmp_path / "run", *change), said)
+def test_bad_constants_are_one_sentence(world, tmp_path, change, part):
+    refused(lambda: train(world, tmp_path / "run", *change), part)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("word, near", [("STEP=3", "STEPS"), ("W_ACC=2", "")])
+def test_unknown_constants_are_one_sentence(world, tmp_path, word, near):
+    """The weights of the reward are one constant now."""
+    with pytest.raises(SystemExit, match=f"^Unknown constant {word.split('=')[0]}. Did you mean {near}"):
+        train(world, tmp_path / "run", word)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_global_batch_that_cannot_be_shared_is_one_sentence(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_py, "init_distributed", lambda: (0, 3, torch.device("cpu")))
+    monkeypatch.setattr(distributed, "init_distributed", lambda: (0, 3, torch.device("cpu")))
     refused(lambda: train(world, tmp_path / "run"), "GLOBAL_BATCH=4", "3 processes")
 
 
@@ -981,8 +1068,8 @@ def test_a_policy_without_imagery_is_one_sentence(world, tiny, tmp_path):
 def test_a_reference_of_another_shape_is_one_sentence(world, tmp_path, K, width):
     make_world(tmp_path, text={"intermediate_size": width})
     save_checkpoint(tmp_path / "odd", 1, load_model(tmp_path / "base", K=K, pooling="grid"), {})
-    said = (f"REFERENCE={tmp_path / 'odd' / 'step_000001'}", "in shape")
-    refused(lambda: train(world, tmp_path / "run", f"REFERENCE={tmp_path / 'odd'}"), *said)
+    parts = (f"REFERENCE={tmp_path / 'odd' / 'step_000001'}", "in shape")
+    refused(lambda: train(world, tmp_path / "run", f"REFERENCE={tmp_path / 'odd'}"), *parts)
 
 
 def test_the_script_can_be_imported_without_running():

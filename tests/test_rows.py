@@ -172,3 +172,7 @@ def test_a_latent_block_is_found_whole_empty_or_cut_off():
     found = [(block[1].count("pad"), block[2]) for block in LATENT_BLOCK.finditer(text)]
     assert found == [(2, "<|latent_end|>"), (0, "<|latent_end|>"), (1, None)]
     assert LATENT_BLOCK.sub("", text) == "a  b  c "
+
+
+def test_what_is_supervised_is_all_or_letters(tmp_path):
+    refused(lambda: read(tmp_path, raw_row(supervise="lettres")), "rows.jsonl:1", "'supervise'", "'lettres'")
