@@ -335,7 +335,7 @@ if __name__ == "__main__":
             held_out[name] = attach_video_rows(read_rows(file, c.HOLDOUT_ROWS), *video_options)
 
     # the policy, from the newest checkpoint in OUT or from MODEL, and the frozen reference
-    run = open_run(c.OUT, c.RESUME, vars(c), kept_on_resume, {"REWARD_WEIGHTS": {"acc": 1.0, "fmt": 0.2}})
+    run = open_run(c.OUT, c.RESUME, vars(c), kept_on_resume)
     begun = run.record.get("start_path") or str(newest_checkpoint(c.MODEL))
     source = run.record.get("reference_path") or str(newest_checkpoint(c.REFERENCE or begun))
     # kept, for the folder of another run may get a newer checkpoint

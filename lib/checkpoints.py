@@ -158,19 +158,34 @@ class Run:
         return save_checkpoint(self.out, step, model, self.record, optimizer)
 
 
-def open_run(out, resume, constants, kept, defaults=None):
+def read_record(folder, out):
+    """The constants that a checkpoint was trained with, under today's names.
+
+    Exits where an earlier version of the code had a constant whose other values are no longer there.
+    """
+    stored = read_json(folder / "config.json")["run"]
+    for name, only in {"TRAIN_VISION": False, "SUPERVISE": "all"}.items():
+        value = stored.pop(name, only)
+        gone = f"OUT={out} holds a run with {name}={value}, which this version of the code cannot go on with"
+        require(value == only, f"{gone}; set another OUT, or RESUME=never.")
+    if "W_ACC" in stored:
+        stored["REWARD_WEIGHTS"] = {"acc": stored.pop("W_ACC"), "fmt": stored.pop("W_FMT")}
+    return stored
+
+
+def open_run(out, resume, constants, kept):
     """Opens OUT for a run: to go on from its newest checkpoint, or, with RESUME=never or none there, afresh.
 
     constants: {name: value}; those named in `kept` must be the same as when the run began, or it is refused
-    in one sentence. A constant that the code did not have then counts as having had its value of `defaults`.
+    in one sentence.
     """
     out = Path(out)
     checkpoints = sorted(out.glob("step_*/config.json")) if resume == "auto" else []
     if not checkpoints:
         return Run(out, 0, None, dict(constants), out / "log.jsonl")
-    stored = read_json(checkpoints[-1])["run"]
+    stored = read_record(checkpoints[-1].parent, out)
     for name in kept:
-        before = stored.get(name, (defaults or {}).get(name))
+        before = stored.get(name)
         same = before == constants[name] or list_of(before) == list_of(constants[name])
         require(same, f"OUT={out} holds a run with {name}={before}; set another OUT, or RESUME=never.")
     record = {**stored, **constants}

@@ -94,7 +94,7 @@ def show_answer(row, group, reward):
     completion = group.completions[0]
     text = LATENT_BLOCK.sub(lambda block: f"{{imagery x {block[1].count('pad')}}}", completion.text)
     parts = ", ".join(f"{name} {value:g}" for name, value in group.scores[0].items())
-    mark = " cut off" if completion.truncated else ""
+    mark = " | cut off" if completion.truncated else ""
     return f"--- {row.id} | key {row.key} | reward {reward:.2f} ({parts}){mark}\n{text.strip()}\n---"
 
 

@@ -333,10 +333,18 @@ def test_a_run_with_other_constants_is_refused(tiny, tmp_path):
     save_checkpoint(tmp_path, 2, model, constants())
 
     def open_with(kept="LR SIZES", **changes):
-        return open_run(tmp_path, "auto", constants(**changes), kept.split(), {"NEW": "a"})
+        return open_run(tmp_path, "auto", constants(**changes), kept.split())
 
     refused(lambda: open_with(LR=0.2), f"OUT={tmp_path}", "LR=0.1", "RESUME=never")
     refused(lambda: open_with(SIZES=(1, 3)), "SIZES=[1, 2]")
-    # a constant that is newer than the run had its default then
-    assert open_with("LR SIZES NEW", NEW="a").record == constants(NEW="a")
-    refused(lambda: open_with("LR SIZES NEW", NEW="b"), "NEW=a")
+    refused(lambda: open_with("LR SIZES NEW", NEW="b"), "NEW=None")
+
+
+def test_a_record_of_former_code_gets_todays_names(tiny, tmp_path):
+    model = load_model(tiny / "base", K=4, pooling="grid")
+    former = {"LR": 0.1, "W_ACC": 2.0, "W_FMT": 0.5, "TRAIN_VISION": False, "SUPERVISE": "all"}
+    save_checkpoint(tmp_path, 2, model, former)
+    today = {"LR": 0.1, "REWARD_WEIGHTS": {"acc": 2.0, "fmt": 0.5}}
+    assert open_run(tmp_path, "auto", today, list(today)).record == today
+    save_checkpoint(tmp_path, 3, model, {**former, "TRAIN_VISION": True})
+    refused(lambda: open_run(tmp_path, "auto", today, list(today)), "TRAIN_VISION=True", "RESUME=never")

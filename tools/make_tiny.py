@@ -302,7 +302,7 @@ def write_stage_rows(path, lines, kinds, supervise):
 # ---------------------------------------------------------------- the network
 
 
-def make_network(out, data, config, vocab=1024, seed=0, prompts=1 / 30):
+def make_network(out, data, config=root / "assets" / "tiny_network.json", vocab=1024, seed=0, prompts=1 / 30):
     """Trains a byte-level BPE on the rows of `data`/*.jsonl, draws random weights, writes a checkpoint.
 
     The tokenizer has Qwen's special tokens; the latent ones come with the first dift.py run, as for a Qwen.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The toy from data to 4DRL: imagery and its controls, three seeds, and the means that README.md reports.
 #
-#     bash tools/recipe_toy.sh             # everything: about three hours on two cores
-#     TRIAL=1 bash tools/recipe_toy.sh     # does it run at all? A few minutes, into out/trial; its scores mean nothing
+#     bash tools/recipe_toy.sh             # everything: some hours on two cores
+#     TRIAL=1 bash tools/recipe_toy.sh     # does it run at all? A minute or two, into out/trial
 #
 # SEEDS and ROOT can be set in the environment, and so can further constants of each stage:
 #     DIFT_OPTIONS="STEPS=500" SEEDS="0 1" ROOT=out/short bash tools/recipe_toy.sh
