@@ -28,12 +28,12 @@ import torch.nn.functional as F
 
 import evaluate
 from lib.checkpoints import clear_run, linear_warmup_decay, load_optimizer, open_run
-from lib.command_line import override_constants, require, require_choice
+from lib.command_line import override_constants, require
 from lib.distributed import all_reduce_sum, autocast, barrier, end_distributed, full_tensor
 from lib.distributed import init_distributed, no_sync, print0, whole_weights, wrap_parallel
 from lib.fast import checkpoint_layers
 from lib.log import add_sums, describe_sample, is_due, print_header, weighted_terms
-from lib.rows import read_rows, rows_of_step
+from lib.rows import read_rows, rows_of_step, with_keys
 from model import VisionCache, collate, encode_row, load_model
 
 # --- paths
@@ -41,39 +41,39 @@ MODEL = "assets/tiny"  # checkpoint folder to start from: the bundled tiny base,
 DATA = "out/toy"  # folder made by generate_data.py, or one jsonl file; the toy world is made if it is missing
 OUT = "out/dift"  # checkpoints, log, evaluation
 # --- data
-COT = "imagery"  # imagery | noimage | verbal: which chain of thought of a generated folder to learn (ours)
-TEST_ROWS = 1000  # held-out rows scored at the end, at most; 0: no evaluation
-TEST_BATCH = 64  # of them answered at once on one device
-MAX_PIXELS = None  # pixels of a frame; None: the checkpoint's own, or 256·28·28 (release)
-MIN_PIXELS = None  # None: the checkpoint's own, or 28·28 (release)
-SECONDS_PER_PAIR = None  # None: real time; 1.0: as the release trains, 2.0: as it evaluates
+COT = "imagery"  # imagery, noimage or verbal: which chain of thought of a generated folder to learn (ours)
+TEST_ROWS = 1000  # >= 0; held-out rows scored at the end, at most; 0: no evaluation
+TEST_BATCH = 64  # >= 1; of them answered at once on one device
+MAX_PIXELS = None  # >= 1, whole; pixels of a frame; None: the checkpoint's own, or 256·28·28 (release)
+MIN_PIXELS = None  # >= 1, whole; None: the checkpoint's own, or 28·28 (release)
+SECONDS_PER_PAIR = None  # > 0, <= 1e6; None: real time; 1.0: as the release trains, 2.0: as it evaluates
 SUFFIX = ""  # instruction after the question; "": the checkpoint's own; @file reads one
 # --- model
-K = 4  # latents per image (release); 0: a stage without imagery (pretraining of the tiny base)
-POOLING = "grid"  # grid (ours) | strips (paper): how overlay tokens become K latents, Eq. 5
-MATCH_NORM = True  # at inference, hidden states are fed back with the mean norm of the targets (ours)
+K = 4  # 0 to 4096; latents per image (release); 0: a stage without imagery (pretraining of the tiny base)
+POOLING = "grid"  # grid (ours) or strips (paper): how overlay tokens become K latents, Eq. 5
+MATCH_NORM = True  # at inference, hidden states are fed back with the mean norm of the last targets (ours)
 # --- optimisation
-STEPS = 2500  # optimiser steps
-GLOBAL_BATCH = 8  # rows of one step over all devices (release)
-MICRO_BATCH = 4  # rows of one forward pass on one device; accumulation follows from it
-LR = 2e-3  # peak learning rate (release: 1e-5 for the 3B model)
-WARMUP = 100  # steps of linear warm-up, then linear decay to zero (release: 10)
-BETA2 = 0.95  # of AdamW: how much of the second moment each step keeps (release: 0.999)
-WEIGHT_DECAY = 0.01  # (release)
-CLIP = 1.0  # largest norm of the gradient (release)
-W_CE = 1.0  # weight of the text loss in Eq. 7 (release: 0.1)
-W_SIM = 0.3  # weight of the imagery loss in Eq. 7 (release: 1.0)
+STEPS = 2500  # >= 0; optimiser steps
+GLOBAL_BATCH = 8  # >= 1; rows of one step over all devices (release)
+MICRO_BATCH = 4  # >= 1; rows of one forward pass on one device; accumulation follows from it
+LR = 2e-3  # > 0, <= 100; peak learning rate (release: 1e-5 for the 3B model)
+WARMUP = 100  # >= 0; steps of linear warm-up, then linear decay to zero (release: 10)
+BETA2 = 0.95  # >= 0, < 1; of AdamW: how much of the second moment each step keeps (release: 0.999)
+WEIGHT_DECAY = 0.01  # 0 to 1e3; (release)
+CLIP = 1.0  # > 0; largest norm of the gradient (release)
+W_CE = 1.0  # >= 0; weight of the text loss in Eq. 7 (release: 0.1)
+W_SIM = 0.3  # >= 0; weight of the imagery loss in Eq. 7 (release: 1.0)
 # --- logging
-LOG_EVERY = 20  # steps between printed lines, 0: the last alone; every step goes to the log file
-EVAL_EVERY = 500  # steps between looks at retrieval@1 on 64 held-out rows; 0: never
-SAVE_EVERY = 500  # steps between checkpoints; 0: the last alone
+LOG_EVERY = 20  # >= 0; steps between printed lines, 0: the last alone; every step goes to the log file
+EVAL_EVERY = 500  # >= 0; steps between looks at retrieval@1 on 64 held-out rows; 0: never
+SAVE_EVERY = 500  # >= 0; steps between checkpoints; 0: the last alone
 # --- system
 RESUME = "auto"  # auto: go on from the newest checkpoint in OUT | never: start afresh
 CACHE_FEATURES = True  # keep frozen-vision features in memory, so that a clip is encoded once
-PARALLEL = "ddp"  # with torchrun. ddp: each device holds all | fsdp: weights and moments are cut up
+PARALLEL = "ddp"  # ddp: each device holds all | fsdp: weights and moments are cut up; with torchrun
 CHECKPOINTING = False  # activation checkpointing: less memory, a third more time, the same numbers
 FAST = True  # False: exactly the code of model.py, the same numbers
-SEED = 0  # of the data order
+SEED = 0  # >= 0; of the data order
 
 # a run goes on only with the same values of these
 kept_on_resume = (
@@ -88,6 +88,7 @@ kept_on_resume = (
 def dift_loss(logp, imagined, targets, n_text, n_latent, w_ce, w_sim):
     """Eq. 7: L = w_ce·ce + w_sim·sim, sums over the step's counts on all devices -> loss (), its named terms.
 
+    ce = -1/n_text Σ log p(token), sim = 1/n_latent Σ (1 - cos(h_{t-1}, z_t)).
     logp (n,) of supervised tokens; imagined (m, D) = h_{t-1} and targets (m, D) = z_t at latent positions t.
     A further term is added to the loss and, for the log, to the dict.
     """
@@ -192,20 +193,18 @@ def log_line(entry, terms, steps, weights):
 if __name__ == "__main__":
     c = override_constants(globals())
     rank, world, device = init_distributed()
-    require_choice("RESUME", c.RESUME, ("auto", "never"))
-    require_choice("PARALLEL", c.PARALLEL, ("ddp", "fsdp"))
     divides = c.GLOBAL_BATCH % world == 0
     require(divides, f"GLOBAL_BATCH={c.GLOBAL_BATCH} is not a multiple of the {world} processes.")
 
     # data: the toy world is made where there is none
     train_file, test_file = split_files(c.DATA, c.COT)
     make_toy_data(c.DATA, test_file, rank)
-    rows = read_rows(train_file)
+    rows = read_rows(train_file, with_answers=True)
     test_rows = read_rows(test_file) if c.TEST_ROWS else []
-    test_rows = [row for row in test_rows if row.key in row.options]
+    test_rows = with_keys(test_rows, print0)
 
     # model: from the newest checkpoint in OUT, or from MODEL
-    run = open_run(c.OUT, c.RESUME, vars(c), kept_on_resume)
+    run = open_run(c.OUT, c.RESUME, vars(c), kept_on_resume, rows)
     parent = run.folder or c.MODEL
     pixels = {"min_pixels": c.MIN_PIXELS, "max_pixels": c.MAX_PIXELS, "seconds_per_pair": c.SECONDS_PER_PAIR}
     thinker = load_model(parent, device, c.K, c.POOLING, c.SUFFIX, c.FAST, **pixels)
@@ -233,17 +232,17 @@ if __name__ == "__main__":
 
     def prepare(step):
         """The micro-batches and counts of a step."""
-        some = [rows[index] for index in rows_of_step(step, len(rows), c.GLOBAL_BATCH, c.SEED)]
-        return micro_batches(thinker, vision, some, c.MICRO_BATCH, rank, world)
+        step_rows = [rows[index] for index in rows_of_step(step, len(rows), c.GLOBAL_BATCH, c.SEED)]
+        return micro_batches(thinker, vision, step_rows, c.MICRO_BATCH, rank, world)
 
     thread = ThreadPoolExecutor(1)
-    coming = None
+    next_step = None
     for step in range(run.start, c.STEPS):
         began = time.time()
-        batches, counts = coming.result() if coming else prepare(step)
+        batches, counts = next_step.result() if next_step else prepare(step)
         # on a GPU the next step's batches are made while this step runs; a CPU is busy enough with this one
         if device.type == "cuda" and step + 1 < c.STEPS:
-            coming = thread.submit(prepare, step + 1)
+            next_step = thread.submit(prepare, step + 1)
         lr = linear_warmup_decay(step, c.STEPS, c.WARMUP, c.LR)
         optimizer.param_groups[0]["lr"] = lr
 
@@ -251,7 +250,7 @@ if __name__ == "__main__":
         thinker.train()
         sums = {}
         for number, batch in enumerate(batches, 1):
-            with no_sync(model, skip=number < len(batches)):
+            with no_sync(model, when=number < len(batches)):
                 with autocast(device):
                     logp, imagined, targets = model(batch)
                     loss, terms = dift_loss(
@@ -259,7 +258,7 @@ if __name__ == "__main__":
                     )
                 (loss * world).backward()  # DDP takes the mean over processes, Eq. 7 the sum
             add_sums(sums, {"loss": loss, **terms, **latent_sums(imagined, targets, c.K)})
-            add_sums(sums, {"positions": batch.ids.numel()})
+            add_sums(sums, {"places": batch.ids.numel()})
 
         # step
         gnorm = full_tensor(torch.nn.utils.clip_grad_norm_(thinker.parameters(), c.CLIP))
@@ -271,18 +270,22 @@ if __name__ == "__main__":
         entry = {"step": step + 1, **all_reduce_sum(sums, device)}
         for name in ("cosine", "norm_fed", "norm_true"):
             entry[name] /= max(1, counts["latent"])
+
+        # MATCH_NORM: at inference Thinker.feedback scales hidden states to the norm of this step's targets
         if counts["latent"]:
             thinker.config.latent_norm = entry["norm_true"] if c.MATCH_NORM else None
+
+        # retrieval at times, the log, a checkpoint
         if test_rows and counts["latent"] and c.EVAL_EVERY and (step + 1) % c.EVAL_EVERY == 0:
             with whole_weights(thinker):
-                look = evaluate.evaluate(thinker, test_rows, limit=64, **scoring)
-            retrieval = look["imagery"]["retrieval"]
+                scores = evaluate.evaluate(thinker, test_rows, limit=64, **scoring)
+            retrieval = scores["imagery"]["retrieval"]
         entry["retrieval"] = retrieval
         entry["gnorm"] = gnorm.item()
         entry["lr"] = lr
         entry["latents"] = counts["latent"] / c.GLOBAL_BATCH
         entry["tokens"] = counts["real"]
-        entry["padding"] = 1 - counts["real"] / entry.pop("positions")
+        entry["padding"] = 1 - counts["real"] / entry.pop("places")
         entry["seconds"] = time.time() - began
         run.write(entry)
         if is_due(step, c.LOG_EVERY, c.STEPS):

@@ -34,12 +34,22 @@ import torch.nn.functional as F
 
 from lib.benchmarks import known_groups, read_benchmark
 from lib.checkpoints import newest_checkpoint
-from lib.command_line import override_constants, require, require_choice
+from lib.command_line import override_constants, require
 from lib.distributed import all_gather_list, autocast, end_distributed, init_distributed
-from lib.files import evenly_spaced, read_json, read_jsonl, to_jsonl, write_json, write_text
+from lib.files import append_jsonl, evenly_spaced, read_json, read_jsonl, remove_leftovers, to_jsonl
+from lib.files import write_json, write_text
 from lib.report import draw_answer, draw_picture, make_page
+from lib.safety import release_lock, take_lock
 from lib.scores import Result, as_percent, describe_summary, is_dsr, mean
-from lib.scores import release_summary, subtasks_in_order, three_of_four, wilson_interval
+from lib.scores import (
+    read_neighbour,
+    read_results,
+    read_settings,
+    release_summary,
+    subtasks_in_order,
+    three_of_four,
+    wilson_interval,
+)
 from lib.videos import attach_frames, attach_video_rows
 from model import VisionCache, encode_row, generate, load_model
 
@@ -50,26 +60,26 @@ VIDEOS = ""  # folder that the paths of a benchmark's videos start from
 OUT = ""  # "": a folder in MODEL's: eval or the benchmark's name, and a suffix for each control
 CACHE = "out/frames"  # folder for the frames of decoded videos; may be deleted
 # --- data
-BENCH = "toy"  # toy | dsr | dyn | vlm4d | dsi
-FPS = 1.0  # frames a second of a video (release); DSI-Bench's authors take 5
-MAX_FRAMES = 50  # of a video, evenly spaced where there are more (release)
+BENCH = "toy"  # toy, or a benchmark of lib/benchmarks.py: dsr, dyn, vlm4d or dsi
+FPS = 1.0  # > 0, <= 1e3; frames a second of a video (release); DSI-Bench's authors take 5
+MAX_FRAMES = 50  # >= 1; of a video, evenly spaced where there are more (release)
 TIMES_IN_PROMPT = False  # True: the seconds of the frames stand before the question (ours)
-LIMIT = 0  # questions, the first so many of the file; 0: all
+LIMIT = 0  # >= 0; questions, the first so many of the file; 0: all
 VIDEO = ""  # "" | none | other (another clip's frames) | shuffled (frames in another order) (ours)
 # --- model
 LATENTS = ""  # "" | zero | noise | pad | swap (another question's) | oracle (true): what is fed (ours)
-MAX_NEW = 512  # new positions of an answer at most, latents included
-TEMPERATURE = 0.0  # 0: greedy; 0.7 (release)
-TOP_P = 1.0  # share of the probability that is sampled from; 0.9 (release)
-SECONDS_PER_PAIR = None  # None: the checkpoint's own; 2.0: as the release evaluates
+MAX_NEW = 512  # >= 1; new positions of an answer at most, latents included
+TEMPERATURE = 0.0  # 0 or 0.01 to 100; 0: greedy; 0.7 (release)
+TOP_P = 1.0  # > 0, <= 1; share of the probability that is sampled from; 0.9 (release)
+SECONDS_PER_PAIR = None  # > 0, <= 1e6; None: the checkpoint's own; 2.0: as the release evaluates
 SUFFIX = ""  # instruction after the question; "": the checkpoint's own; @file reads one
 # --- logging
-SAMPLES = 8  # answers drawn in the report
+SAMPLES = 8  # >= 1; answers drawn in the report
 # --- system
-BATCH = 64  # questions answered at once
+BATCH = 64  # >= 1; questions answered at once
 RESUME = True  # False: answer all again
 FAST = True  # False: exactly the code of model.py, the same numbers
-SEED = 0  # of sampling, VIDEO=other and shuffled, LATENTS=noise and swap
+SEED = 0  # >= 0; of sampling, VIDEO=other and shuffled, LATENTS=noise and swap
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def parse_answer(text, letters="ABCDEF"):
 def release_answer(text, letters="ABCD"):
     """Release: the first of the letters in <answer>, else in the whole text: "Analyzing" gives A; or "".
 
-    Its third try, without the latent tokens, cannot find more: they hold no capital.
+    The release also retries with the latent tokens removed; left out, as they contain no capital letters.
     """
     # what stands in the tags is searched first, then all of the text
     text = text.split("<|im_end|>")[0]
@@ -450,20 +460,24 @@ def describe_run(model, rows, settings):
     return shared
 
 
-def open_folder(out, run, resume, rank):
-    """The results that `out` holds -> {index: Result}; refuses another run's, drops a line cut short."""
+def open_folder(out, run, resume, rank, count):
+    """The results that `out` holds -> {index: Result}; refuses another run's or of no row below `count`."""
     file = out / "settings.json"
+    if rank == 0:
+        take_lock(out)
+        remove_leftovers(out)
+    stored = read_settings(out)
     done = {}
-    if resume and file.is_file():
+    if resume and stored is not None:
         # a folder from before TIMES_IN_PROMPT existed was answered without times
-        stored = {"times_in_prompt": False, **read_json(file)}
+        stored = {"times_in_prompt": False, **stored}
         for name, value in run.items():
             before = stored.get(name)
             differs = f"{file}: the answers there are of {name}={before!r}, this run has {value!r}"
             advice = f"set another OUT, or delete {out} to answer again"
             require(before == value, f"{differs}; {advice}.")
-        for entry in read_jsonl(out / "results.jsonl"):
-            done[entry["row"]] = Result.from_json(entry)
+        for index, entry in read_results(out / "results.jsonl", count).items():
+            done[index] = Result.from_json(entry)
     if rank == 0:
         save_results(out, done)
         write_text(file, json.dumps(run))
@@ -489,7 +503,7 @@ def evaluate(model, rows, out=None, settings=None, limit=0, resume=True, rank=0,
     # each question needs a key; one whose video is missing is left out, and counted
     first = rows[: limit or None]
     for row in first:
-        has_key = row.key and set(row.key) <= set(row.options)
+        has_key = row.skip_reason or (row.key and set(row.key) <= set(row.options))
         require(has_key, f"{row.source}: there are no options with a key to score by; drop the row.")
     skipped = [f"{row.source}: {row.skip_reason}" for row in first if row.skip_reason]
     asked = [index for index, row in enumerate(first) if not row.skip_reason]
@@ -497,7 +511,7 @@ def evaluate(model, rows, out=None, settings=None, limit=0, resume=True, rank=0,
 
     # what is left to answer: whole batches
     run = describe_run(model, rows, settings)
-    done = open_folder(out, run, resume, rank) if out else {}
+    done = open_folder(out, run, resume, rank, len(rows)) if out else {}
     batches = plan_batches(rows, asked, settings.batch)
     batches = [batch for batch in batches if not done.keys() >= set(batch)]
     truth = TrueLatents(model, rows, vision)
@@ -516,8 +530,7 @@ def evaluate(model, rows, out=None, settings=None, limit=0, resume=True, rank=0,
         for result in new:
             done[result.row] = result
         if out and rank == 0:
-            with open(out / "results.jsonl", "a", encoding="utf-8") as file:
-                file.write(to_jsonl(result.to_json() for result in new))
+            append_jsonl(out / "results.jsonl", [result.to_json() for result in new])
             right = mean(result.correct for result in done.values())
             print(f"evaluate {len(done):5d}/{len(asked)} | {right:6.1%} right", flush=True)
     model.train(was_training)
@@ -532,8 +545,9 @@ def evaluate(model, rows, out=None, settings=None, limit=0, resume=True, rank=0,
     if out and rank == 0:
         save_results(out, done)
         write_json(out / "summary.json", summary)
-        if is_dsr(first[0].subtask):
+        if is_dsr(results[0].subtask):
             write_json(out / "results_summary.json", release_summary(results, summary))
+        release_lock(out)
     return summary
 
 
@@ -561,7 +575,7 @@ def draw(model, rows, out, log="", samples=8):
 
     # tools/seeds.py keeps the answers of each seed in a folder of their own
     folder = out / f"seed_{settings.seed}" if "seeds" in summary else out
-    results = read_jsonl(folder / "results.jsonl")
+    results = list(read_results(folder / "results.jsonl").values())
 
     # right and wrong answers, half of each, evenly spaced over the file
     drawings = []
@@ -574,8 +588,8 @@ def draw(model, rows, out, log="", samples=8):
 
     # controls of the same weights only, not of another run's
     for file in sorted(out.parent.glob(f"{out.name}_*/summary.json")):
-        other = read_json(file)
-        if other["settings"]["weights"] == summary["settings"]["weights"]:
+        other = read_neighbour(file)
+        if other and other["settings"]["weights"] == summary["settings"]["weights"]:
             summary["scores"][file.parent.name] = other["scores"]["micro"]
     page = make_page(summary, drawings, read_jsonl(log) if log else [])
     write_text(out / "report.html", page)
@@ -585,9 +599,7 @@ def draw(model, rows, out, log="", samples=8):
 
 
 def check_controls(c):
-    """Ends the program on a control that does not exist, or that these questions do not allow."""
-    require_choice("VIDEO", c.VIDEO, ("", "none", "other", "shuffled"))
-    require_choice("LATENTS", c.LATENTS, ("", "zero", "noise", "pad", "swap", "oracle"))
+    """Ends the program on a control that these questions do not allow."""
     has_overlays = c.BENCH == "toy" or c.LATENTS != "oracle"
     require(has_overlays, "LATENTS=oracle needs true overlays; there are none here.")
 

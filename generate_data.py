@@ -42,14 +42,17 @@ from PIL import Image
 
 import lib.rows
 from lib import vocabulary
-from lib.annotator import Annotator
+from lib.annotator import Annotator, require_url
 from lib.clips import Clip, Draft
 from lib.command_line import override_constants, require, require_choice
 from lib.contact_sheet import draw_sheet
-from lib.files import evenly_spaced, read_json, to_jsonl, write_json, write_text
-from lib.footage import list_segmenters, list_videos, load_segmenter, path_inside, read_shots
+from lib.files import evenly_spaced, is_json, is_leftover, read_json, remove_leftovers, replace_folder
+from lib.files import to_jsonl, write_json, write_text
+from lib.footage import describe_error, list_segmenters, list_videos, load_segmenter, path_inside
+from lib.footage import read_shots
 from lib.geometry import centroid_and_area, describe_location, mask_box, object_labels
-from lib.jobs import Job, Result, add_timing, print_rates, run_jobs, take_timings
+from lib.jobs import Job, Result, add_timing, print_rates, read_record, run_jobs, take_timings
+from lib.safety import release_lock, report_errors, take_lock
 from lib.spatialvid import camera_segments, read_caption
 from lib.tables import read_table
 from lib.toy_scenes import draw_clip
@@ -60,55 +63,55 @@ QUESTIONS = ""  # 4DRL rows of the release (jsonl) or DSR-Train's (json, parquet
 VIDEOS = ""  # folder of mp4 files, searched through all its folders, or SpatialVID's own
 # data
 SOURCE = "toy"  # "toy" | "spatialvid" | "videos" | "questions"
-TRAIN_CLIPS = 8000  # clips of train_*.jsonl (ours)
-TEST_CLIPS = 500  # clips of test_*.jsonl, never seen in training (ours)
-RL_TRAIN_CLIPS = 3000  # clips of rl_train.jsonl (ours)
-RL_TEST_CLIPS = 250  # clips of rl_test.jsonl (ours)
-P_OBJECT_CLIP = 0.6  # share of clips asked about objects (rl: about both); the others about the camera (ours)
-P_CAMERA = (0.45, 0.35, 0.20)  # camera clips: one movement, two at once, two segments (ours)
-P_OBJECT = (0.2, 0.3)  # object clips: the camera moves too; two moving objects (ours)
-P_ASKED = (0.15, 0.15, 0.15)  # moving objects: distance instead of direction; a box; speed as well (ours)
-OVERLAYS = (2, 3)  # fewest and most overlays of a moving object, first and last always in (paper: 2 to 5)
+TRAIN_CLIPS = 8000  # >= 0; clips of train_*.jsonl (ours)
+TEST_CLIPS = 500  # >= 0; clips of test_*.jsonl, never seen in training (ours)
+RL_TRAIN_CLIPS = 3000  # >= 0; clips of rl_train.jsonl (ours)
+RL_TEST_CLIPS = 250  # >= 0; clips of rl_test.jsonl (ours)
+P_OBJECT_CLIP = 0.6  # 0 to 1; share of clips asked about objects (rl: both), others about the camera (ours)
+P_CAMERA = (0.45, 0.35, 0.20)  # 0 to 1, sum 1; camera clips: one movement, two at once, two segments (ours)
+P_OBJECT = (0.2, 0.3)  # 0 to 1; object clips: the camera moves too; two moving objects (ours)
+P_ASKED = (0.15, 0.15, 0.15)  # 0 to 1; moving objects: distance, not direction; a box; speed too (ours)
+OVERLAYS = (2, 3)  # >= 2, rising; fewest and most of a moving object, its ends always in (paper: 2 to 5)
 # toy world
-SIZE = 56  # side of a square frame, pixels (ours)
-FRAMES = 8  # frames of a clip (ours)
-SPACINGS = (1.0, 2.0)  # seconds between frames, one drawn per clip (ours)
-HFOV = 70.0  # horizontal field of view, degrees (ours)
-TURNS = ((18.0, 27.0), (18.0, 27.0), (25.0, 40.0))  # pan, tilt, roll, degrees (ours)
-SLIDE = (0.32, 0.48)  # truck, pedestal and sideways motions, as a share of the depth (ours)
-DOLLY = (0.32, 0.45)  # dolly and motions in depth, as a share of the depth (ours)
-MIN_AREA = 0.03  # least visible area of an object asked about, share of the frame (ours)
-MIN_VISIBLE = 0.7  # least unoccluded share of its silhouette (ours)
-HIDDEN_AREA = 0.005  # below this share of the frame a thing is called hidden (ours)
-LINES = (20, 90, 165, 235)  # greys of upright viewfinder lines, left to right: so that x can be seen (ours)
-NOISE = 4.0  # standard deviation of the pixel noise, of 255 (ours)
+SIZE = 56  # 8 to 4096; side of a square frame, pixels (ours)
+FRAMES = 8  # 4 to 1000; frames of a clip (ours)
+SPACINGS = (1.0, 2.0)  # > 0, <= 1e6, rising, any length; seconds between frames, one drawn per clip (ours)
+HFOV = 70.0  # 1 to 170; horizontal field of view, degrees (ours)
+TURNS = ((18.0, 27.0), (18.0, 27.0), (25.0, 40.0))  # 0 to 90, rising; pan, tilt, roll, degrees (ours)
+SLIDE = (0.32, 0.48)  # 0 to 10, rising; truck, pedestal and sideways motions, as a share of the depth (ours)
+DOLLY = (0.32, 0.45)  # 0 to 10, rising; dolly and motions in depth, as a share of the depth (ours)
+MIN_AREA = 0.03  # 0 to 1; least visible area of an object asked about, share of the frame (ours)
+MIN_VISIBLE = 0.7  # 0 to 1; least unoccluded share of its silhouette (ours)
+HIDDEN_AREA = 0.005  # 0 to 1; below this share of the frame a thing is called hidden (ours)
+LINES = (20, 90, 165, 235)  # 0 to 255, any length; greys of upright lines, so that x can be seen (ours)
+NOISE = 4.0  # 0 to 255; standard deviation of the pixel noise, of 255 (ours)
 # real footage
-SEGMENTER = "motion"  # "motion" (crude, needs no masks) | "files" | "dyn" | "sam3": lib/segmenters/<this>.py
+SEGMENTER = "motion"  # a file of lib/segmenters: "motion" (crude, needs no masks), "files", "dyn" or "sam3"
 WEIGHTS = "facebook/sam3"  # of a segmenter that has some: their folder, or their name on the hub (gated)
 ANNOTATOR = "template"  # "template" | "api": who names objects, checks overlays and writes the reasoning
 BASE_URL = "https://api.openai.com/v1"  # OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY
 MODEL = ""  # the endpoint's model
-ASKS = 3  # replies to one question before it is given up, if they are malformed or not valid (ours)
-WAITS = (0, 2, 6, 14, 30, 62)  # seconds before each attempt at a busy, broken or silent server (ours)
-TIMEOUT = 120.0  # seconds without a word from the server (ours)
-SAMPLE_FPS = 4.0  # frames a second of videos without indexes.txt (ours; paper: 1)
-WINDOW = 8  # frames of one clip of such a video; longer shots give several that overlap by half (ours)
-MAX_FRAMES = 50  # annotated clips with more frames are skipped (release)
-MAX_JUMP = 45.0  # mean change of brightness between neighbouring frames, of 255, that is a cut (ours)
-MAX_SIDE = 160  # longer side of the stored frames, pixels (ours)
-MIN_MASK = 0.001  # Eq. 2: least area of a mask, share of the frame (release)
-MAX_GROWTH = 4.0  # Eq. 2: largest ratio between a mask's area and the median of its clip (ours)
-CUE_SLACK = 0.05  # Eq. 3: displacement against a camera label, in frames, that contradicts it (ours)
+ASKS = 3  # >= 1; replies to one question before it is given up, if they are malformed or not valid (ours)
+WAITS = (0, 2, 6, 14, 30, 62)  # 0 to 86400, any length; seconds before attempts at a silent server (ours)
+TIMEOUT = 120.0  # > 0, <= 86400; seconds that one request may take, reply included (ours)
+SAMPLE_FPS = 4.0  # > 0, <= 1e3; frames a second of videos without indexes.txt (ours; paper: 1)
+WINDOW = 8  # >= 4; frames of one clip of such a video; longer shots give several that overlap by half (ours)
+MAX_FRAMES = 50  # >= 4; annotated clips with more frames are skipped (release)
+MAX_JUMP = 45.0  # 0 to 255; mean change of brightness between neighbouring frames that is a cut (ours)
+MAX_SIDE = 160  # >= 1; longer side of the stored frames, pixels (ours)
+MIN_MASK = 0.001  # 0 to 1; Eq. 2: least area of a mask, share of the frame (release)
+MAX_GROWTH = 4.0  # >= 1; Eq. 2: largest ratio between a mask's area and the median of its clip (ours)
+CUE_SLACK = 0.05  # >= 0; Eq. 3: displacement against a camera label, in frames, that contradicts it (ours)
 DROP_CONTRADICTED = True  # False: rows whose camera label is contradicted stay, flagged (ours)
-HELD_OUT = 0.25  # share of the scenes that go to test_*.jsonl (ours)
+HELD_OUT = 0.25  # 0 to 1; share of the scenes that go to test_*.jsonl (ours)
 # overlay
-ALPHA = 0.4  # Eq. 1 (release)
-OVERLAY_COLOUR = (255, 0, 0)  # Eq. 1, RGB (release)
+ALPHA = 0.4  # 0 to 1; Eq. 1 (release)
+OVERLAY_COLOUR = (255, 0, 0)  # 0 to 255; Eq. 1, RGB (release)
 # logging
-INSPECT = 0  # rows of train_imagery.jsonl drawn into OUT/inspect.png (ours)
+INSPECT = 0  # >= 0; rows of train_imagery.jsonl drawn into OUT/inspect.png (ours)
 # system
-SEED = 0  # every clip's generator is a function of (SEED, split, number)
-WORKERS = os.cpu_count()  # processes; the files do not depend on it
+SEED = 0  # >= 0; every clip's generator is a function of (SEED, split, number)
+WORKERS = os.cpu_count()  # 1 to 1000; processes; the files do not depend on it
 
 # ---------------------------------------------------------------- Eq. 1 to 3: overlays and their checks
 
@@ -126,7 +129,7 @@ def draw_overlays(c, frames, masks, keyframes):
 
 
 def consistent(masks, least_area, max_growth):
-    """Eq. 2 without a model: which masks (T, H, W) are neither too small nor of an odd size -> (T,) bool."""
+    """Eq. 2 without a model: which masks (T, H, W) are neither tiny nor of an unusual size -> (T,) bool."""
     # A speck is an error, and so is what fills half of the frame.
     areas = masks.mean((1, 2))
     is_valid = (areas >= least_area) & (areas <= 0.5)
@@ -147,14 +150,15 @@ def contradicts(label, start, end, slack):
     """Whether a static thing's masks (H, W) moved or grew against the camera's label (Eq. 3)."""
     x, y, growth = static_cue(start, end)
 
-    # What grows moves away from the middle of the frame; count the shift from where growth alone leads.
+    # What grows moves away from the middle of the frame: subtract the shift that this zoom alone causes.
     x0, y0, _ = centroid_and_area(start[None], 0)
     scale = np.exp(growth / 2)
     x -= (scale - 1) * (x0 - 0.5)
     y -= (scale - 1) * (y0 - 0.5)
     moved = np.array([x, y, growth])
 
-    # An expected 0 says nothing: no displacement, or two that may cancel each other.
+    # MOVE_CUES has the signs of (right, down, larger): Pan Right (-1, 0, 0). Where they cancel, 0 says
+    # nothing.
     expected = np.sum([vocabulary.MOVE_CUES[move] for move in label.split(" and ")], 0)
     is_against = moved * expected < -slack
     if "Roll" in label:  # it moves the thing too, so only growth counts
@@ -742,7 +746,7 @@ def video_clips(c, job, name):
             dropped += reasons
             dropped += bad
     except Exception as error:  # decord raises many kinds; each means that these files cannot be used
-        return [], {f"clips are unreadable ({type(error).__name__})": 1}
+        return [], {f"clips are unreadable ({describe_error(error)})": 1}
     if not clips:
         return [], {"videos have no shot of four frames": 1}
     return clips, dropped
@@ -760,9 +764,10 @@ def question_rows(c, jobs):
     drafts, missing = {}, []
     for number, entry in enumerate(read_table(Path(c.QUESTIONS)), 1):
         row = to_4drl_row(entry)
-        is_complete = row.get("Question") and row.get("video_path") and row.get(row.get("Correct"))
-        lacking = "lacks its text, its video's name or its right option"
-        require(is_complete, f"{c.QUESTIONS}: question {number} {lacking}.")
+        flaw = lib.rows.find_flaw(row)
+        require(not flaw, f"{c.QUESTIONS}: question {number} lacks its text or its right option: {flaw}.")
+        is_named = isinstance(row.get("video_path"), str) and row["video_path"]
+        require(is_named, f"{c.QUESTIONS}: question {number} lacks its video's name.")
 
         # Paths of the release are those of another machine; only the video's name counts.
         name = Path(row["video_path"]).name.removesuffix(".mp4")
@@ -795,9 +800,9 @@ def to_4drl_row(entry):
 
 def list_jobs(c):
     """The clips to make; exits on a choice that does not exist."""
-    require_choice("SOURCE", c.SOURCE, ("toy", *vocabulary.VIDEO_FOLDERS))
-    require_choice("ANNOTATOR", c.ANNOTATOR, ("template", "api"))
     require_choice("SEGMENTER", c.SEGMENTER, list_segmenters())
+    if c.ANNOTATOR == "api":
+        require_url(c.BASE_URL)
     if c.SOURCE != "toy":
         return list_videos(c.VIDEOS, vocabulary.VIDEO_FOLDERS[c.SOURCE][0], c.SEED, c.HELD_OUT)
     # a toy clip is known by its split and number alone
@@ -814,9 +819,11 @@ def process_job(job, c, make_rows=None):
     take_timings()
     folder = Path(c.OUT, "processed_data", f"{job.split}_{job.number:05d}")
     if (folder / "rows.json").exists():
-        record = read_json(folder / "rows.json")
-        drafts = [Draft.from_json(entry) for entry in record["rows"]]
-        return Result(job, drafts, record["dropped"], Counter())
+        # one that is damaged is made again
+        record = read_record(folder / "rows.json")
+        if record:
+            drafts = [Draft.from_json(entry) for entry in record["rows"]]
+            return Result(job, drafts, record["dropped"], Counter())
 
     if job.path:
         clips, dropped = video_clips(c, job, folder.name)
@@ -851,7 +858,7 @@ def save_clips(c, folder, clips, dropped):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path, quality=95, subsampling=0)
     write_text(unfinished / "rows.json", json.dumps({"rows": records, "dropped": dropped}))
-    unfinished.rename(folder)
+    replace_folder(unfinished, folder)
 
 
 def collect(results):
@@ -872,18 +879,22 @@ def collect(results):
 
 def open_folder(out, constants):
     """Makes a folder, or checks that what it holds has the same constants -> whether it is finished."""
-    # Constants that a folder does not know were added to the program since; they change nothing there.
+    # An empty folder may be used, one with other files may not.
     path = out / "constants.json"
-    before = read_json(path) if path.exists() else {}
+    others = [entry for entry in out.glob("*") if not is_leftover(entry)]
+    is_ours = path.exists() or not others
+    require(is_ours, f"{out} holds something else; set OUT to a new folder.")
+    take_lock(out)
+    remove_leftovers(out)
+    before = read_json(path, dict, "set OUT to a new folder") if path.exists() else {}
+    # Constants that a folder does not know were added to the program since; they change nothing there.
     now = json.loads(json.dumps(constants))  # tuples become lists, as in the file
     changed = [name for name, value in now.items() if before.get(name, value) != value]
     require(not changed, f"{out} was made with another {', '.join(changed)}; set OUT to a new folder.")
-    # An empty folder may be used, one with other files may not.
-    is_ours = before or not out.exists() or not any(out.iterdir())
-    require(is_ours, f"{out} holds something else; set OUT to a new folder.")
-    (out / "processed_data").mkdir(parents=True, exist_ok=True)
+    # Constants come first: a folder without them is not ours.
     write_json(path, constants)
-    return (out / "meta.json").exists()
+    (out / "processed_data").mkdir(exist_ok=True)
+    return is_json(out / "meta.json")
 
 
 def write_split(out, split, drafts):
@@ -917,12 +928,14 @@ def main():
     """Makes the folder OUT, or continues where a killed run ended."""
     # What is recorded are the constants that the rows depend on: another value needs another folder.
     c = override_constants(globals())
+    report_errors()
     begun = time.time()
     out = Path(c.OUT)
     changes_no_row = ("OUT", "WORKERS", "BASE_URL", "WAITS", "TIMEOUT", "INSPECT")
     recorded = {name: value for name, value in vars(c).items() if name not in changes_no_row}
     jobs = list_jobs(c)
     if open_folder(out, recorded):
+        release_lock(out)
         print(f"{out} is finished already, made with these very constants.")
         sys.exit(0)
 
@@ -937,6 +950,7 @@ def main():
     write_files(out, drafts, dropped, recorded)
     if c.INSPECT and c.SOURCE != "questions":
         draw_sheet(out / "train_imagery.jsonl", out / "inspect.png", c.INSPECT)
+    release_lock(out)
     print(f"\n{out} is ready after {time.time() - begun:.0f} s.")
 
 

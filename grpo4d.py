@@ -33,7 +33,7 @@ import torch
 import evaluate
 from lib.checkpoints import clear_run, linear_warmup_decay, load_optimizer, newest_checkpoint
 from lib.checkpoints import open_run, share_vision
-from lib.command_line import override_constants, require, require_choice
+from lib.command_line import override_constants, require
 from lib.distributed import all_reduce_sum, autocast, end_distributed, full_tensor, init_distributed
 from lib.distributed import no_sync, print0, whole_weights, wrap_parallel
 from lib.fast import checkpoint_layers
@@ -53,44 +53,44 @@ SINGLES = "out/toy/test_imagery.jsonl"  # single-motion questions, scored before
 OUT = "out/grpo4d"  # checkpoints, log, scores
 CACHE = "out/frames"  # folder for the frames of decoded videos; may be deleted
 # --- data
-FPS = 1.0  # frames a second of rows that name only a video (release)
-MAX_FRAMES = 50  # of such a video, evenly spaced where there are more (release)
-HOLDOUT_ROWS = 500  # rows of HOLDOUT and of SINGLES that are scored, at most; 0: no scores
-TEST_BATCH = 64  # of them answered at once on one device
+FPS = 1.0  # > 0, <= 1e3; frames a second of rows that name only a video (release)
+MAX_FRAMES = 50  # >= 1; of such a video, evenly spaced where there are more (release)
+HOLDOUT_ROWS = 500  # >= 0; rows of HOLDOUT and of SINGLES that are scored, at most; 0: no scores
+TEST_BATCH = 64  # >= 1; of them answered at once on one device
 # --- model
 LATENT_REPLAY = True  # False feeds pad embeddings at latent positions, as the release does (ablation)
 PREFIX = "shared"  # shared: a prompt is read once for its G answers | rows: once for each, the same numbers
 # --- optimisation
-STEPS = 60  # rounds of sampling and updating
-GLOBAL_BATCH = 48  # questions of one step over all devices, with G answers each
-MICRO_BATCH = 4  # questions of one forward pass of the update on one device
-MU = 1  # updates on the same answers; beyond 1 the ratio leaves 1 and is clipped
-LR = 2.5e-4  # peak learning rate (release: 1e-6 for the 3B model)
-WARMUP = 10  # steps of linear warm-up, then linear decay to zero (ours)
-WEIGHT_DECAY = 0.0  # (ours)
-CLIP = 1.0  # largest norm of the gradient (release)
+STEPS = 60  # >= 0; rounds of sampling and updating
+GLOBAL_BATCH = 48  # >= 1; questions of one step over all devices, with G answers each
+MICRO_BATCH = 4  # >= 1; questions of one forward pass of the update on one device
+MU = 1  # >= 1; updates on the same answers; beyond 1 the ratio leaves 1 and is clipped
+LR = 2.5e-4  # > 0, <= 100; peak learning rate (release: 1e-6 for the 3B model)
+WARMUP = 10  # >= 0; steps of linear warm-up, then linear decay to zero (ours)
+WEIGHT_DECAY = 0.0  # 0 to 1e3; (ours)
+CLIP = 1.0  # > 0; largest norm of the gradient (release)
 # --- RL
-G = 8  # answers to a question (release)
-ROLLOUT_BATCH = 8  # questions answered together on one device
-MAX_NEW = 256  # positions of an answer at most, latents included (release: 1024)
-TEMPERATURE = 1.0  # of the sampler and of the loss (release)
-EPSILON = 0.2  # the ratio is clipped to 1 - ε … 1 + ε (release)
-BETA = 0.04  # β, weight of the KL term (release: 0.01)
+G = 8  # >= 2; answers to a question, as an advantage is relative to others (release)
+ROLLOUT_BATCH = 8  # >= 1; questions answered together on one device
+MAX_NEW = 256  # >= 1; positions of an answer at most, latents included (release: 1024)
+TEMPERATURE = 1.0  # 0.01 to 100; of the sampler and of the loss (release)
+EPSILON = 0.2  # 0 to 1; the ratio is clipped to 1 - ε … 1 + ε (release)
+BETA = 0.04  # >= 0; β, weight of the KL term (release: 0.01)
 KL = "k3"  # k3 (ours) | k1: logp - logp_ref, whose gradient on policy is zero on average (release)
-REWARD_WEIGHTS = {"acc": 1.0, "fmt": 0.2}  # of the parts of `reward`, Eq. 9 (release)
+REWARD_WEIGHTS = {"acc": 1.0, "fmt": 0.2}  # >= 0; of the parts of `reward`, Eq. 9 (release)
 FORMAT_NEEDS_IMAGERY = True  # the format reward asks for a latent block within <think>
 # --- logging
-LOG_EVERY = 1  # steps between printed lines, 0: the last alone; every step goes to the log file
-SAMPLE_EVERY = 20  # steps between printed sample answers; 0: never
-EVAL_EVERY = 30  # steps between scores on HOLDOUT; 0: only before and after
-SAVE_EVERY = 30  # steps between checkpoints; 0: the last alone
+LOG_EVERY = 1  # >= 0; steps between printed lines, 0: the last alone; every step goes to the log file
+SAMPLE_EVERY = 20  # >= 0; steps between printed sample answers; 0: never
+EVAL_EVERY = 30  # >= 0; steps between scores on HOLDOUT; 0: only before and after
+SAVE_EVERY = 30  # >= 0; steps between checkpoints; 0: the last alone
 # --- system
 RESUME = "auto"  # auto: go on from the newest checkpoint in OUT | never: start afresh
 CACHE_FEATURES = True  # keep vision features over steps; False: within a step only
-PARALLEL = "ddp"  # with torchrun. ddp: each device holds all | fsdp: weights and moments are cut up
+PARALLEL = "ddp"  # ddp: each device holds all | fsdp: weights and moments are cut up; with torchrun
 CHECKPOINTING = False  # activation checkpointing, with PREFIX=rows: less memory, more time, the same numbers
 FAST = True  # False: exactly the code of model.py, the same numbers
-SEED = 0  # of the order of questions and of the samples
+SEED = 0  # >= 0; of the order of questions and of the samples
 
 # one step as a line of the log
 log_line = (
@@ -151,6 +151,7 @@ def advantages(rewards):
 def grpo_loss(logp, old, ref, advantage, answer, count, epsilon, beta, kl="k3"):
     """Eq. 10 -> (loss (), ratio (n,), kl (n,)), over the tokens of all T_i, one answer after the other.
 
+    L = -1/count Σ_i 1/|T_i| Σ_{t in T_i} [min(ρA, clip(ρ)A) - β KL_t].
     logp, old, ref (n,): log-probabilities under the policy, under the policy that sampled, and under the
     frozen DIFT model; answer (n,): which answer a token is of; advantage (B,); count: answers of the step on
     all devices, those with an empty T_i included. For T_0 of 2 tokens and T_1 of 1: answer [0, 0, 1].
@@ -295,13 +296,6 @@ def token_sums(loss, logp, ratio, divergence, epsilon):
 
 def check_constants(c, world):
     """Ends the program with one sentence on constants that do not go together."""
-    require_choice("PREFIX", c.PREFIX, ("shared", "rows"))
-    require_choice("KL", c.KL, ("k3", "k1"))
-    require_choice("RESUME", c.RESUME, ("auto", "never"))
-    require_choice("PARALLEL", c.PARALLEL, ("ddp", "fsdp"))
-    require(c.G >= 2, f"G={c.G}: an advantage is relative to other answers; set G to 2 or more.")
-    varied = c.TEMPERATURE > 0
-    require(varied, f"TEMPERATURE={c.TEMPERATURE} makes all answers alike; set it above 0, such as 1.")
     divides = c.GLOBAL_BATCH % world == 0
     require(divides, f"GLOBAL_BATCH={c.GLOBAL_BATCH} is not a multiple of the {world} processes.")
     has_cache = c.PREFIX == "rows" or not c.CHECKPOINTING
@@ -335,7 +329,7 @@ if __name__ == "__main__":
             held_out[name] = attach_video_rows(read_rows(file, c.HOLDOUT_ROWS), *video_options)
 
     # the policy, from the newest checkpoint in OUT or from MODEL, and the frozen reference
-    run = open_run(c.OUT, c.RESUME, vars(c), kept_on_resume)
+    run = open_run(c.OUT, c.RESUME, vars(c), kept_on_resume, rows)
     begun = run.record.get("start_path") or str(newest_checkpoint(c.MODEL))
     source = run.record.get("reference_path") or str(newest_checkpoint(c.REFERENCE or begun))
     # kept, for the folder of another run may get a newer checkpoint
@@ -401,13 +395,13 @@ if __name__ == "__main__":
 
         # 6, 7: MU updates on them; every process has as many questions, so as many passes
         sums = {**answer_sums(groups, rewards), **padding_sums(batch for batch, *_ in batches)}
-        first = {}  # log-probabilities before the first update, of each micro-batch
+        old_logp = {}  # log-probabilities before the first update, of each micro-batch
         for _ in range(c.MU):
             for number, (batch, latents, ref, A) in enumerate(batches):
-                with no_sync(model, skip=number + 1 < len(batches)):
+                with no_sync(model, when=number + 1 < len(batches)):
                     with autocast(device):
                         logp = model(batch, latents, True, c.TEMPERATURE)[0]  # (n,)
-                        old = first.setdefault(number, logp.detach())
+                        old = old_logp.setdefault(number, logp.detach())
                         answer = batch.text_at // batch.ids.shape[1]  # (n,)
                         loss, ratio, divergence = grpo_loss(
                             logp, old, ref, A, answer, c.GLOBAL_BATCH * c.G, c.EPSILON, c.BETA, c.KL

@@ -10,52 +10,56 @@ one image or video, P patches (before the 2 x 2 merge), n any count.
 Differs from the paper:
 - a latent block is exactly K long: its logits are not supervised, so `<|latent_end|>` is forced (ours)
 - `grid` pooling beside the paper's `strips` (ours); temporal positions come from real seconds (ours)
-- text after a video starts at the largest position + 1, as Qwen2.5-VL was trained; the library differs
+- text after a video starts at the largest position + 1, as Qwen2.5-VL was trained; transformers continues at
+  another position
+
+`require(condition, sentence)` ends the program with that sentence unless the condition holds.
 """
 
-import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
-from transformers import AddedToken, AutoTokenizer, DynamicCache
-from transformers import Qwen2_5_VLForConditionalGeneration as QwenVL
+from transformers import DynamicCache
 
 from lib.checkpoints import load_extra_weights, newest_checkpoint
 from lib.command_line import require
 from lib.distributed import autocast
 from lib.fast import install_fast_paths
 from lib.images import load_patches, patch_grid
+from lib.loading import check_latent_config, check_pixels, check_settings, check_vocabulary
+from lib.loading import load_network, load_tokenizer, read_suffix
 from lib.rows import LETTERS, PLACEHOLDER
+from lib.text import as_text, tokenize
 
 # ---------------------------------------------------------------- latent pooling and positions
 
 
-def pool_latents(features, K, pooling="strips", grid=None):
+def pool_latents(features, K, pooling, shape):
     """Eq. 5: visual tokens (N, D) in raster order -> (K, D), the mean over each of K sets.
 
-    `strips` (paper): K contiguous runs; when K does not divide N, the first N mod K runs hold one token more.
-    `grid` (ours): a raster of rows x columns sets over the h x w tokens, as square as K allows (4 -> 2 x 2);
-    sides that do not divide give their rest to the first rows and columns. N < K is refused.
+    shape: (h, w), the tokens' rows and columns. `strips` (paper): K contiguous runs; when K does not divide
+    N, the first N mod K runs hold one token more. `grid` (ours): rows x columns cells, as square as K allows
+    (4 -> 2 x 2); sides that do not divide give their rest to the first rows and columns. N < K is refused.
     """
     # strips: as in the paper, over the raster order
     N = len(features)
     require(N >= K, f"{N} visual tokens cannot be pooled into K={K} latents; lower K or raise MAX_PIXELS.")
     if pooling == "strips":
-        sets = torch.tensor_split(features, K)  # K of about (N / K, D)
-        return torch.stack([tokens.mean(dim=0) for tokens in sets])  # (K, D)
+        runs = torch.tensor_split(features, K)  # K of about (N / K, D)
+        return torch.stack([run.mean(dim=0) for run in runs])  # (K, D)
+
+    # a pooling of your own is another `if` here
+    require(pooling == "grid", f"POOLING={pooling} is not known; set it to grid or strips.")
 
     # grid: the divisors of K that are closest to each other, the larger one along the longer side
-    require(pooling == "grid", f"POOLING={pooling} is neither grid nor strips.")
-    h, w = grid
+    h, w = shape
     short = max(side for side in range(1, math.isqrt(K) + 1) if K % side == 0)
     rows, columns = (short, K // short) if w >= h else (K // short, short)
     possible = rows <= h and columns <= w
-    sizes = f"{h} x {w} tokens into {rows} x {columns} sets"
+    sizes = f"{h} x {w} tokens into {rows} x {columns} cells"
     require(possible, f"POOLING=grid cannot divide {sizes}; lower K or raise MAX_PIXELS.")
     # bands from top to bottom, cells of each from left to right
     cells = []
@@ -126,7 +130,10 @@ class Sample:
 
 
 def encode_row(model, row, answer=True):
-    """Eq. 4 and 6: one row -> Sample; `answer=False` stops where the model is to speak. For K = 2:
+    """Eq. 4 and 6: one row -> Sample; `answer=False` stops where the model is to speak.
+
+    A row has text_input (question and options), text_output (chain of thought and answer), image_input (frame
+    files), times, and image_output (an overlay file for each `<output_image>` of text_output). For K = 2:
 
     ids        <user> v v v v How? <assistant> \\n The ball <start> . . <end> moves left <im_end>
     is_visual         1 1 1 1
@@ -135,7 +142,8 @@ def encode_row(model, row, answer=True):
     """
     config = model.config
     vision = config.vision_config
-    question = row.text_input + config.prompt_suffix + PROMPT_END
+    # special tokens in the words of a row are text, not tokens
+    question = as_text(row.text_input + config.prompt_suffix) + PROMPT_END
     ids = []
     segments = []
 
@@ -157,11 +165,12 @@ def encode_row(model, row, answer=True):
     answer_start = len(ids)
     if answer:
         block = "<|latent_start|>" + "<|latent_pad|>" * model.K + "<|latent_end|>"
-        text = row.text_output.replace(PLACEHOLDER, block)
+        text = as_text(row.text_output).replace(PLACEHOLDER, block)
         ids += model.tokenize(f"\n{text}<|im_end|>")
     segments.append(len(ids) - text_start)
 
-    # supervised is all of the answer but its latents; pretraining may ask for its option letters alone
+    # supervised is all of the answer but its latents; supervise="letters" (pretraining of the tiny base)
+    # keeps only the option letters
     ids = torch.tensor(ids)
     is_latent = ids == model.token_id["latent_pad"]
     is_text = (torch.arange(len(ids)) >= answer_start) & ~is_latent
@@ -339,8 +348,8 @@ class Thinker(nn.Module):
         return self.forbidden_ids.device
 
     def tokenize(self, text):
-        """Text, special tokens included, -> list of ids."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Text, special tokens included, -> list of ids; those that `as_text` hides are text."""
+        return tokenize(self.tokenizer, text)
 
     def encode(self, pixels, grids):
         """Patches (P, d) and grids [(t, h, w)] of several images -> list of (N, D), each in raster order."""
@@ -406,6 +415,7 @@ class Thinker(nn.Module):
         logp: of every supervised token given what stands before it; imagined: h_{t-1} at latent positions t;
         targets: z_t, also the input at t (Eq. 7), or the given `latents` (n, D) as they were sampled (4DRL).
         """
+        # 4DRL's cheaper form of the same, to be skipped at first reading
         if batch.prompts is not None:
             return self.forward_answers(batch, latents, forbid, temperature)
         # Eq. 5: the targets are the pooled overlays, and the very vectors that the model reads (Eq. 7)
@@ -417,6 +427,7 @@ class Thinker(nn.Module):
         x = self.embed(batch, targets)
 
         # The hidden state at t - 1 predicts token t, and is what the model imagines for latent position t.
+        # A row begins with its prompt, so the place before is never in the row before.
         predicted = torch.cat([batch.text_at, batch.latent_at])
         hidden = self.text(x, batch.positions, read=predicted - 1)  # (n_text + n_latent, D)
         text_hidden, imagined = hidden.split([len(batch.text_at), len(batch.latent_at)])
@@ -483,7 +494,7 @@ class Completion:
 
 
 def sample_token(logits, uniform, temperature, top_p):
-    """One token a row: greedy at temperature 0, else by inverse transform from the softmax or its top-p part.
+    """One token per row: greedy at temperature 0, else by inverse transform from the softmax's top-p part.
 
     logits (B, V) float32, uniform (B,) float64 in [0, 1) -> (B,) long
     """
@@ -509,8 +520,8 @@ def generate(model, samples, max_new, vision=None, temperature=0.0, top_p=1.0, g
     """Recurrent generation (Eq. 8), batched with left padding -> one Completion per answer.
 
     After a sampled `<|latent_start|>` a row's next K inputs are its own last hidden states, then
-    `<|latent_end|>` is forced; each row is in its own state. `generators`: one CPU torch.Generator an answer,
-    for temperature > 0; G times as many as samples give G answers to each, whose prompt is read once.
+    `<|latent_end|>` is forced; each row is in its own state. `generators`: one CPU torch.Generator per
+    answer, for temperature > 0; G times as many as samples give G answers to each, whose prompt is read once.
     `feed` (hidden (B, D), block (B,), k (B,), counted from 0) -> (B, D) replaces what is fed inside blocks
     (controls); it is called for all rows, those outside a block (k >= K) do not use it.
     RuntimeError in training mode.
@@ -531,6 +542,10 @@ def generate(model, samples, max_new, vision=None, temperature=0.0, top_p=1.0, g
         uniform = torch.stack(draws).to(device)  # (B, max_new)
 
     # The state of each row: how many latents it still has to read. 0: the block's end is due. -1: outside.
+    # One row with K = 2:
+    #     token          The   <start>  pad     pad     <end>   is
+    #     latents_left   -1    -1       2       1       0       -1     when the token is chosen
+    #     next input     emb.  emb.     hidden  hidden  emb.    emb.   of the token, or the last hidden state
     latents_left = torch.full((B,), -1, device=device)
     block = torch.full((B,), -1, device=device)  # number of its current or last block
     is_done = torch.zeros(B, dtype=torch.bool, device=device)
@@ -564,7 +579,7 @@ def generate(model, samples, max_new, vision=None, temperature=0.0, top_p=1.0, g
         latents_left = torch.where(starts, model.K, latents_left)
         is_done = is_done | ends_turn
         flags = torch.stack([(latents_left > 0).any(), is_done.all()])
-        any_in_latent, all_done = flags.tolist()  # the one wait for the device in a step
+        any_in_latent, all_done = flags.tolist()  # of the next step; the one wait for the device in this one
         if all_done or step == max_new - 1:
             break
         is_real = torch.cat([is_real, ~is_done[:, None]], dim=1)
@@ -619,41 +634,32 @@ def load_model(path, device="cpu", K=None, pooling=None, suffix=None, fast=True,
     base) takes the given ones and gets new token rows. suffix: words, or @ and the path of a file of words.
     `settings`: any of DEFAULTS; None keeps the stored. fast: the stages' constant FAST, see lib/fast.py.
     """
-    # what is no Qwen2.5-VL, or has no weights, is refused before anything is loaded
+    # the network, in fp32: bf16 is for the arithmetic alone; what cannot be loaded is refused
     path = newest_checkpoint(path)
     settings["prompt_suffix"] = read_suffix(suffix)
-    transformers.utils.logging.disable_progress_bar()
-    kind = json.loads((path / "config.json").read_text()).get("model_type")
-    require(kind == "qwen2_5_vl", f"{path}/config.json says {kind}; this code reads Qwen2.5-VL checkpoints.")
-    has_weights = any(file.suffix in (".safetensors", ".bin") for file in path.iterdir())
-    require(has_weights, f"{path} holds no weights (*.safetensors or *.bin); download or train it again.")
-
-    # the network: fp32 masters, bf16 is for the arithmetic alone
-    qwen, info = QwenVL.from_pretrained(
-        path,
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-        output_loading_info=True,
-    )
-    missing = sorted(info["missing_keys"])
-    require(not missing, f"{path} lacks weights of a Qwen2.5-VL, such as {missing[:1]}; download it again.")
+    qwen = load_network(path)
+    check_settings(path, qwen.config)
     qwen.model.visual.requires_grad_(False)  # (paper)
 
     # the tokenizer, and the latent tokens: known to a checkpoint of dift.py, new to a plain Qwen2.5-VL
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in LATENT_FIELDS])
+    tokenizer = load_tokenizer(path, LATENT_FIELDS)
     # their K, pooling and ids must agree with what was asked for; new tokens get new rows
     latent_ids = dict(zip(LATENT_FIELDS.values(), tokenizer.convert_tokens_to_ids(list(LATENT_FIELDS))))
     stored = getattr(qwen.config, "latent_size", None)
     if stored or (stored == 0 and not K):
         check_latent_config(qwen.config, latent_ids, path, K, pooling)
+        check_vocabulary(path, qwen, tokenizer)
     else:
         require(K is not None, f"{path}/config.json has no latent_size; choose a checkpoint of dift.py.")
-        if K > 0:  # an unknown pooling is refused here, not at the first overlay
-            pool_latents(torch.zeros(K * K, qwen.config.text_config.hidden_size), K, pooling, (K, K))
         qwen.config.latent_size = K
         qwen.config.latent_pooling = pooling
         start_token_rows(qwen, len(tokenizer), list(latent_ids.values()))
+
+    # an unknown pooling is refused here, not at the first overlay
+    K = qwen.config.latent_size
+    if K > 0:
+        square = torch.zeros(K * K, qwen.config.text_config.hidden_size)
+        pool_latents(square, K, qwen.config.latent_pooling, (K, K))
 
     # settings: what was given, else what the checkpoint has, else the default
     for name, default in DEFAULTS.items():
@@ -661,6 +667,7 @@ def load_model(path, device="cpu", K=None, pooling=None, suffix=None, fast=True,
         if value is None:
             value = getattr(qwen.config, name, default)
         setattr(qwen.config, name, value)
+    check_pixels(path, qwen.config)
     for name, token in latent_ids.items():
         setattr(qwen.config, name, token)
 
@@ -672,19 +679,6 @@ def load_model(path, device="cpu", K=None, pooling=None, suffix=None, fast=True,
     return model.to(device).eval()
 
 
-def check_latent_config(config, latent_ids, path, K, pooling):
-    """Ends the program if the checkpoint's K, pooling or latent ids are not the requested ones."""
-    config.latent_pooling = getattr(config, "latent_pooling", "strips")  # release: contiguous groups
-    requested = {"K": (K, config.latent_size), "POOLING": (pooling, config.latent_pooling)}
-    for name, token in latent_ids.items():
-        requested[name] = (token, getattr(config, name, token))
-    for name, (value, stored) in requested.items():
-        agrees = value is None or value == stored
-        trained = f"{path} was trained with {name}={stored}, but {name}={value} was requested"
-        remedy = f"set {name}={stored} or choose another MODEL" if name.isupper() else "choose another MODEL"
-        require(agrees, f"{trained}; {remedy}.")
-
-
 @torch.no_grad()
 def start_token_rows(qwen, vocabulary, ids):
     """New tokens' rows start at the mean of the rows before them, in an untied head too."""
@@ -692,14 +686,3 @@ def start_token_rows(qwen, vocabulary, ids):
         qwen.resize_token_embeddings(vocabulary, mean_resizing=False)
     for weight in {qwen.get_input_embeddings().weight, qwen.get_output_embeddings().weight}:
         weight[ids] = weight[: min(ids)].mean(dim=0)
-
-
-def read_suffix(suffix):
-    """The words of SUFFIX; those of a file where it is @file; None where it is empty."""
-    if not suffix:
-        return None
-    if not suffix.startswith("@"):
-        return suffix
-    file = Path(suffix[1:])
-    require(file.is_file(), f"SUFFIX={suffix} names no file; write the words, or @ and a path.")
-    return file.read_text(encoding="utf-8")

@@ -6,18 +6,22 @@ import io
 import json
 import os
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.request import Request, urlopen
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from PIL import Image
 
-from lib.command_line import require
+from lib.command_line import quote, require
 from lib.files import evenly_spaced, read_json, write_text
 from lib.jobs import add_timing, timings
+from lib.spatialvid import is_object_name
 
 PROMPTS = Path(__file__).parent.parent / "assets"
+LARGEST_REPLY = 2**24  # bytes
 
 
 @dataclass
@@ -29,7 +33,7 @@ class Annotator:
     model: str
     asks: int  # replies to one question before it is given up
     waits: tuple  # seconds before each attempt at a busy, broken or silent server
-    timeout: float  # seconds without a word from the server
+    timeout: float  # seconds that one request may take, reply included
     most_images: int = 10  # of one question (release)
 
     def name_objects(self, frames, caption):
@@ -89,10 +93,9 @@ class Annotator:
         for wait in self.waits:
             time.sleep(wait)
             try:
-                with urlopen(request, timeout=self.timeout) as response:
-                    reply = json.load(response)
+                reply = json.loads(fetch(request, self.timeout))
                 usage = reply.get("usage") or {}
-                timings.update(requests=1, tokens=usage.get("total_tokens", 0))
+                timings.update(requests=1, tokens=int(usage.get("total_tokens") or 0))
                 text = str(reply["choices"][0]["message"]["content"])
                 add_timing("requests", 0, begun)  # the request is counted above, whatever its reply holds
                 return text
@@ -100,9 +103,55 @@ class Annotator:
                 trouble = type(error).__name__
                 code = getattr(error, "code", 500)
                 may_pass = code in (408, 429) or code >= 500
-                require(may_pass, f"BASE_URL={self.base_url} refuses the request: HTTP {code}.")
-        failed = f"BASE_URL={self.base_url} failed {len(self.waits)} times ({trouble})"
+                require(may_pass, f"BASE_URL={quote(self.base_url)} refuses the request: HTTP {code}.")
+        failed = f"BASE_URL={quote(self.base_url)} failed {len(self.waits)} times ({trouble})"
         sys.exit(f"{failed}; nothing that was paid for is lost, start again.")
+
+
+def require_url(url):
+    """Ends the program unless BASE_URL is a web address."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        is_address = False
+    advice = "it is an address such as https://api.openai.com/v1"
+    require(is_address, f"BASE_URL={quote(url)} does not begin with https:// and a host; {advice}.")
+
+
+class RefuseRedirects(HTTPRedirectHandler):
+    """A redirect ends the request: urllib would send the key on, to whatever host it names."""
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        """No request follows, so that the redirect itself is the error."""
+        return None
+
+
+def fetch(request, timeout):
+    """Sends a request -> the body of the reply, within `timeout` seconds as a whole; raises what goes wrong.
+
+    The socket's own limit starts anew with each byte, so a reply that drips would never end: a thread reads
+    it, and is left behind when the time is over. TimeoutError then; ValueError where the reply is too large.
+    """
+    outcome = {}
+
+    def read():
+        try:
+            with build_opener(RefuseRedirects).open(request, timeout=timeout) as response:
+                outcome["body"] = response.read(LARGEST_REPLY + 1)
+        except Exception as error:  # raised again below, in the thread that waits
+            outcome["error"] = error
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if "error" in outcome:
+        raise outcome["error"]
+    if "body" not in outcome:
+        raise TimeoutError(f"no whole reply in {timeout} s")
+    if len(outcome["body"]) > LARGEST_REPLY:
+        raise ValueError(f"a reply of more than {LARGEST_REPLY} bytes")
+    return outcome["body"]
 
 
 def fill_prompt(name, **fields):
@@ -123,7 +172,7 @@ def read_object(reply, is_valid):
     try:
         found = json.loads(reply[reply.find("{") : reply.rfind("}") + 1])
         return found if is_valid(found) else None
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -137,7 +186,8 @@ def read_names(reply):
         names = found["static_object"], found["dynamic_object"]
         if None in names:
             return True
-        return names[0] != names[1] and all(3 <= len(name.split()) <= 8 for name in names)
+        are_names = all(is_object_name(name) and 3 <= len(name.split()) <= 8 for name in names)
+        return are_names and names[0] != names[1]
 
     return read_object(reply, is_valid)
 

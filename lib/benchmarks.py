@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.command_line import require, require_choice
-from lib.rows import LETTERS, Row, read_rows
+from lib.command_line import quote, require, require_choice
+from lib.rows import LETTERS, NO_TEXT, Row, read_rows
 from lib.tables import read_table
 
 COLUMNS = {  # names that some files have for the same thing
@@ -71,6 +71,8 @@ def join_versions(rows):
         counts[version] = number
         row.release_fields["twin"] = number
         question = (row.clip, row.subtask)
+        if row.skip_reason:  # a bad row counts as one, but what it asks is not known
+            continue
         same = len(files) > 1 or questions.setdefault(number, question) == question
         require(same, f"{row.source}: its versions stand in different orders; give the four files instead.")
 
@@ -168,7 +170,8 @@ def known_groups():
 def read_benchmark(bench, data, videos=""):
     """The rows of a benchmark's files, or of generate_data.py (toy), in order.
 
-    data: the folder, or one file; videos: the folder that the paths of the videos start from.
+    data: the folder, or one file; videos: the folder that the paths of the videos start from. An entry that
+    cannot be asked is a row with a skip_reason; exits if there is no other.
     """
     if bench == "toy":
         return read_rows(data if data.endswith(".jsonl") else Path(data) / "test_imagery.jsonl")
@@ -176,8 +179,12 @@ def read_benchmark(bench, data, videos=""):
     benchmark = BENCHMARKS[bench]
     rows = []
     for path in find_question_files(benchmark, data):
-        for number, raw in enumerate(read_table(path), 1):
-            rows.append(entry_to_row(bench, raw, path, number))
+        entries = read_table(path)
+        require(entries, f"{path} holds no questions; download it again.")
+        for number, raw in enumerate(entries, 1):
+            rows.append(row_or_reason(bench, raw, path, number))
+    can_be_asked = any(not row.skip_reason for row in rows)
+    require(can_be_asked, f"{rows[0].source}: {rows[0].skip_reason}.")
     if benchmark.join:
         benchmark.join(rows)
     for row in rows:
@@ -199,23 +206,53 @@ def find_question_files(benchmark, data):
     return paths
 
 
-def entry_to_row(bench, raw, path, number):
-    """A benchmark file's entry -> Row without frames; its key holds all right letters."""
-    benchmark = BENCHMARKS[bench]
+class BadEntry(ValueError):
+    """An entry of a benchmark that cannot be asked; the text says where it stands and why."""
+
+
+def need(condition, message):
+    """Raises BadEntry with the message unless the condition holds."""
+    if not condition:
+        raise BadEntry(message)
+
+
+def row_or_reason(bench, raw, path, number):
+    """A benchmark file's entry -> Row without frames, or with the reason why it cannot be asked."""
     source = f"{path}:{number}"
-    require(isinstance(raw, dict), f"{source}: an entry must be an object, not a {type(raw).__name__}.")
+    try:
+        return entry_to_row(bench, raw, path, source, number)
+    except BadEntry as error:
+        version = raw.get("aug", path.stem) if isinstance(raw, dict) else path.stem
+        video = f"{quote(version)}/"
+        return Row(id=source, text_input="", video=video, source=source, skip_reason=str(error))
+
+
+def entry_to_row(bench, raw, path, source, number):
+    """A benchmark file's entry -> Row without frames; its key holds all right letters. Raises BadEntry."""
+    benchmark = BENCHMARKS[bench]
+    need(isinstance(raw, dict), f"an entry must be an object, not a {type(raw).__name__}")
     raw = {COLUMNS.get(name, name): value for name, value in raw.items() if value is not None}
     missing = ", ".join(name for name in benchmark.required if name not in raw)
-    require(not missing, f"{source}: there is no {missing}, so it is no row of BENCH={bench}.")
+    need(not missing, f"there is no {missing}, so it is no row of BENCH={bench}")
+    for name in ("question", "answer", "type", "video", "aug", "id"):
+        value = raw.get(name, "")
+        is_text = type(value) in (str, int, float) and not NO_TEXT.search(str(value))
+        need(is_text, f"the {name} must be a text, this one is {quote(value)}")
+    need(isinstance(raw["question"], str), f"the question must be a text, this one is {raw['question']}")
     kind, video = benchmark.entry(raw, path)
-    require(kind in benchmark.subtasks, f"{source}: '{kind}' is no kind of question of BENCH={bench}.")
+    need(kind in benchmark.subtasks, f"'{quote(kind)}' is no kind of question of BENCH={bench}")
+    is_inside = not Path(video).is_absolute() and ".." not in Path(video).parts
+    need(is_inside, f"the video {quote(video)} is not inside VIDEOS")
 
     options = parse_options(raw["options"])
     letters = "".join(options)
-    in_order = 2 <= len(letters) <= len(LETTERS) and LETTERS.startswith(letters)
-    require(in_order, f"{source}: a question has 2 to 6 options, this one has {raw['options']!r}.")
+    in_order = 2 <= len(options) <= len(LETTERS) and LETTERS.startswith(letters)
+    need(in_order, f"a question has 2 to 6 options, this one has {quote(raw['options'])!r}")
+    is_text = not NO_TEXT.search("".join(options.values()))
+    need(is_text, "an option holds a NUL or half of a character")
     key = find_keys(raw["answer"], options)
-    require(key, f"{source}: the answer {raw['answer']!r} is none of the options {options}.")
+    shown = f"'{quote(raw['answer'])}' is none of the options {quote(options)}"
+    need(key, f"the answer {shown}")
 
     row = question_row(raw["question"], options, video, source)
     row.id = str(raw.get("id", source))
@@ -249,16 +286,22 @@ def question_row(question, options, video, source):
 
 def parse_options(value):
     """Options in any shape -> {"A": "left", ...}: list, array, dict, text of one, "A: left; B: right"."""
-    # what is no text of a list or dict stays as it is
-    with contextlib.suppress(AttributeError, TypeError, ValueError, SyntaxError):
+    # what is no text of a list or dict stays as it is; a long expression is no list either
+    with contextlib.suppress(AttributeError, TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
         value = ast.literal_eval(value.strip())
     if isinstance(value, (str, int, float)):
         value = dict(re.findall(r"\b([A-F]):\s*(.*?)\s*(?=;\s*[A-F]:|$)", str(value), flags=re.S))
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, (dict, list, tuple)):
+        return {}
     # one letter more than there may be, so that a seventh option is noticed
     pairs = value.items() if isinstance(value, dict) else zip(LETTERS + "G", value)
     options = {}
     for letter, text in pairs:
         if text is not None:  # an empty field of parquet
+            if not isinstance(letter, str) or type(text) not in (str, int, float):
+                return {}
             options[str(letter)] = re.sub(rf"^\(?{letter}[.):]\s+", "", str(text))
     return options
 

@@ -6,6 +6,7 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageDraw
 
+from lib.pictures import open_image
 from lib.rows import read_rows
 
 WIDTH, SIDE, LINE = 1280, 160, 14  # pixels: of the sheet, of a picture's place, of a line of text
@@ -14,7 +15,7 @@ WIDTH, SIDE, LINE = 1280, 160, 14  # pixels: of the sheet, of a picture's place,
 def draw_row(row):
     """A row -> its picture (H, WIDTH, 3) uint8."""
     captions = [f"{time:g} s" for time in row.times] + ["imagined" for _ in row.image_output]
-    frames = [Image.open(path).convert("RGB") for path in row.image_input + row.image_output]
+    frames = [open_image(path, row.source) for path in row.image_input + row.image_output]
     for frame in frames:
         frame.thumbnail((SIDE - 4, SIDE - 4))
     paragraphs = [row.id, *row.text_input.split("\n"), *row.text_output.split("\n"), f"key: {row.key}"]

@@ -13,10 +13,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lib.command_line import require
+from lib.safety import end_with_parent, release_locks, report_errors
 
 
 def init_distributed():
-    """Joins the torchrun group if there is one -> (rank, world, device); nccl on CUDA, gloo on CPU."""
+    """Joins the torchrun group if there is one -> (rank, world, device); nccl on CUDA, gloo on CPU.
+
+    From here on the system's errors are reported in one sentence, and the processes end with torchrun.
+    """
+    report_errors()
     rank = int(os.environ.get("RANK", 0))
     local = int(os.environ.get("LOCAL_RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -25,6 +30,8 @@ def init_distributed():
     device = torch.device("cuda", local) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(local)
+    if world > 1:
+        end_with_parent()
     if world > 1 and not dist.is_initialized():
         # nccl gives up after ten minutes: too soon for those that wait while rank 0 writes a large checkpoint
         patience = datetime.timedelta(hours=3)
@@ -34,11 +41,12 @@ def init_distributed():
 
 
 def end_distributed():
-    """Leaves the torchrun group; also called when a program ends early.
+    """Leaves the torchrun group and gives back what is locked; also called when a program ends early.
 
     DDP and FSDP still refer to the group, so gloo's threads live on and let go of tensors a moment after the
     last collective: once Python is ending that would abort the process, so it is waited for.
     """
+    release_locks()
     if dist.is_initialized():
         dist.destroy_process_group()
         time.sleep(0.5)
@@ -92,9 +100,9 @@ def wrap_parallel(model, kind, device):
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=has_extra)
 
 
-def no_sync(model, skip):
+def no_sync(model, when):
     """A context in which backward keeps its gradients to itself, for all but a step's last micro-batch."""
-    return model.no_sync() if skip and hasattr(model, "no_sync") else contextlib.nullcontext()
+    return model.no_sync() if when and hasattr(model, "no_sync") else contextlib.nullcontext()
 
 
 def shard(model, device):

@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib
+import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +12,12 @@ import numpy as np
 from PIL import Image
 
 from lib import vocabulary
-from lib.command_line import require
+from lib.command_line import quote, require
 from lib.jobs import Job, add_timing
-from lib.spatialvid import has_one_note_per_frame, is_annotated, read_notes
+from lib.pictures import BadImage
+from lib.spatialvid import BadAnnotation, has_one_note_per_frame, is_annotated, read_notes
 
+ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")  # of videos
 SEGMENTERS = Path(__file__).parent / "segmenters"
 
 
@@ -34,6 +38,13 @@ class Shot:
         return [folder / f"frame_{self.start + n:04d}.png" for n in range(len(self.frames))]
 
 
+def describe_error(error):
+    """What is wrong with a clip, for a count of reasons: our own words, or the name of a library's error."""
+    if isinstance(error, (BadAnnotation, BadImage)):
+        return re.sub(r"\S*/", "", str(error))
+    return type(error).__name__
+
+
 def list_segmenters():
     """Names of the files of lib/segmenters; SEGMENTER is one of them."""
     return sorted(path.stem for path in SEGMENTERS.glob("*.py"))
@@ -45,7 +56,7 @@ def load_segmenter(name):
 
 
 def list_videos(root, subfolder, seed, held_out_share):
-    """[Job] of all mp4 files below root/subfolder; files named alike before the last "_" share a split.
+    """[Job] of all videos below root/subfolder; files named alike before the last "_" share a split.
 
     The number is a digest of the path inside the folder, so a run goes on although files were added.
     """
@@ -53,8 +64,9 @@ def list_videos(root, subfolder, seed, held_out_share):
 
     require_decord()
     folder = Path(root, subfolder)
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".mp4") if root else []
-    require(paths, f"VIDEOS={root and folder} holds no mp4 file; set VIDEOS to a folder that does.")
+    paths = find_videos(folder) if root else []
+    shown = quote(str(root and folder))
+    require(paths, f"VIDEOS={shown} holds no mp4 file; set VIDEOS to a folder that does.")
 
     # A scene is a name without what follows the last "_". Whole scenes are held out for the test split.
     scenes = [str(path.with_name(path.stem.rpartition("_")[0] or path.stem)) for path in paths]
@@ -63,7 +75,8 @@ def list_videos(root, subfolder, seed, held_out_share):
     held_out = names[:count]
     jobs = []
     for scene, path in zip(scenes, paths):
-        digest = hashlib.sha256(str(path.relative_to(folder)).encode()).hexdigest()
+        # a name need not be UTF-8
+        digest = hashlib.sha256(os.fsencode(path.relative_to(folder))).hexdigest()
         split = "test" if scene in held_out else "train"
         jobs.append(Job(split, int(digest[:10], 16), str(path)))
     if not held_out:
@@ -72,19 +85,37 @@ def list_videos(root, subfolder, seed, held_out_share):
     return jobs
 
 
+def find_videos(folder):
+    """All videos below a folder, in order; linked folders count, each once, so that circles end."""
+    found = []
+    visited = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders.sort()
+        found += [Path(parent, name) for name in names if Path(name).suffix.lower() in ENDINGS]
+    return sorted(found)
+
+
 def read_frames(path, fps, most_side, indexes=None):
     """A video's frames at `indexes`, else fps a second -> PIL images, true times (T,) in seconds.
 
     The longer side of a frame becomes at most `most_side` pixels.
     """
-    from lib.videos import decode_video
+    from lib.videos import decode_frames
 
+    # Each frame is made small as it comes, so that a long video needs no more memory than what is kept.
     begun = time.time()
-    frames, times = decode_video(path, fps, indexes=indexes)
-    add_timing("frames", len(frames), begun)
-    for frame in frames:
+    frames, times = [], []
+    for frame, seconds in decode_frames(path, fps, indexes=indexes):
         frame.thumbnail((most_side, most_side), Image.Resampling.LANCZOS)
-    return np.stack([np.asarray(frame) for frame in frames]), np.round(times, 3)
+        frames.append(np.asarray(frame))
+        times.append(seconds)
+    add_timing("frames", len(frames), begun)
+    return np.stack(frames), np.round(times, 3)
 
 
 def split_into_windows(frames, window, max_jump):

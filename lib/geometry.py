@@ -3,6 +3,7 @@
 import numpy as np
 
 from lib import vocabulary
+from lib.spatialvid import BadAnnotation
 
 # ---------------------------------------------------------------- cameras
 
@@ -39,7 +40,10 @@ def cameras_from_poses(poses):
     A pose is a translation and a quaternion x, y, z, w. Its matrix is 1 + 2 w [v] + 2 [v][v], where [v] u
     is the cross product of v = (x, y, z) and u.
     """
-    quaternion = poses[:, 3:] / np.linalg.norm(poses[:, 3:], axis=1, keepdims=True)
+    lengths = np.linalg.norm(poses[:, 3:], axis=1, keepdims=True)
+    if lengths.min() < 1e-6:
+        raise BadAnnotation("poses.npy holds a quaternion of zeros")
+    quaternion = poses[:, 3:] / lengths
     cross = -np.cross(quaternion[:, None, :3], np.eye(3))  # (T, 3, 3)
     w = quaternion[:, 3, None, None]
     to_camera = np.eye(3) + 2 * w * cross + 2 * cross @ cross
@@ -144,11 +148,13 @@ def describe_location(location):
 
 
 def depth_inside(depth, mask):
-    """Depth map (h, w) of any size, mask (H, W) -> the median depth inside the mask."""
+    """Depth map (h, w) of any size, mask (H, W) -> the median depth inside the mask; NaN if it has none."""
     y, x = np.nonzero(mask)
     row = y * depth.shape[0] // mask.shape[0]
     column = x * depth.shape[1] // mask.shape[1]
-    return np.nanmedian(depth[row, column])
+    inside = depth[row, column]
+    has_value = np.isfinite(inside)
+    return np.median(inside[has_value]) if has_value.any() else np.nan
 
 
 # ---------------------------------------------------------------- real objects
@@ -162,8 +168,16 @@ def object_labels(masks, notes, hfov):
     mask's height (the width changes when a thing turns) and are of unknown scale: if the camera travels, a
     label must hold for a thing at 2 and at 20 times its way. There is no direction without poses or the
     background's shifts (T, 2), which replace a turning camera. hfov: degrees, where there are no intrinsics.
+    Without a depth inside the first or the last mask there are no labels; other frames without one are left
+    out.
     """
     visible = np.flatnonzero(masks.any((1, 2)))
+    if "depths" in notes:
+        depth = np.array([depth_inside(notes["depths"][t], masks[t]) for t in visible])
+        has_depth = np.isfinite(depth)
+        if not has_depth[[0, -1]].all():
+            return {}
+        visible, depth = visible[has_depth], depth[has_depth]
     masks = masks[visible]
     standing_still = np.tile(np.eye(7)[6], (len(visible), 1))
     poses = notes["poses"][visible] if "poses" in notes else standing_still
@@ -171,7 +185,7 @@ def object_labels(masks, notes, hfov):
     rays = object_rays(masks, visible, rot, notes, hfov)  # (n, 3), of depth 1
 
     if "depths" in notes:
-        depth = np.array([[depth_inside(notes["depths"][t], mask)] for t, mask in zip(visible, masks)])
+        depth = depth[:, None]  # (n, 1)
         scales = [1, 1.15]
     else:
         heights = np.array([[np.nonzero(mask)[0].std()] for mask in masks])  # (n, 1), pixels

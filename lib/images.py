@@ -8,21 +8,29 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from lib.pictures import BadImage, open_header, open_image, read_orientation
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's channel means, as Qwen2.5-VL was trained
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def frame_sizes(size, config):
+def frame_sizes(size, config, name="A frame"):
     """(width, height) of a frame after the release's step and after the library's smart_resize.
 
-    Release: a frame of more than max_pixels is scaled down to them, its sides floored to whole tokens.
+    Release: a frame of more than max_pixels is scaled down to them, its sides floored to whole tokens. Exits,
+    with the frame's name, on sides that the library refuses: one more than 200 times the other.
     """
+    original = size
     factor = config.vision_config.patch_size * config.vision_config.spatial_merge_size
     scale = math.sqrt(config.max_pixels / math.prod(size))
     if scale < 1:
         size = tuple(max(factor, int(side * scale) // factor * factor) for side in size)
     width, height = size
-    smart_height, smart_width = smart_resize(height, width, factor, config.min_pixels, config.max_pixels)
+    try:
+        smart_height, smart_width = smart_resize(height, width, factor, config.min_pixels, config.max_pixels)
+    except ValueError:
+        shape = f"{original[0]} x {original[1]} pixels"
+        sys.exit(f"{name} has {shape}, too thin to be read; crop it, or drop the row.")
     return size, (smart_width, smart_height)
 
 
@@ -44,20 +52,15 @@ def patchify(frames, patch, merge, pair):
     return torch.from_numpy(patches), (t, h, w)
 
 
-def open_image(path, source):
-    """An image file -> PIL image in RGB; exits on a bad one."""
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError):  # a broken PNG is a SyntaxError to PIL
-        sys.exit(f"{source}: {path} is not a readable image; make it again or drop the row.")
-
-
 def image_size(path, source):
-    """(width, height) of an image file without decoding it; exits on a bad one."""
+    """(width, height) of an image file as it is shown, without decoding it; exits on a bad one."""
     try:
-        return Image.open(path).size
-    except (OSError, SyntaxError):
-        sys.exit(f"{source}: {path} is not a readable image; make it again or drop the row.")
+        with open_header(path) as image:
+            width, height = image.size
+            is_turned = read_orientation(image) in (5, 6, 7, 8)
+    except BadImage as error:
+        sys.exit(f"{source}: {error}; make it again or drop the row.")
+    return (height, width) if is_turned else (width, height)
 
 
 def load_patches(paths, config, source=""):
@@ -66,7 +69,7 @@ def load_patches(paths, config, source=""):
     Lanczos where a frame is too large (release), then bicubic (library); all get the size of the first.
     """
     images = [open_image(path, source) for path in paths]
-    release_size, smart_size = frame_sizes(images[0].size, config)
+    release_size, smart_size = frame_sizes(images[0].size, config, f"{source}: {paths[0]}")
     images = [resized(image, release_size, Image.Resampling.LANCZOS) for image in images]
     images = [resized(image, smart_size, Image.Resampling.BICUBIC) for image in images]
     frames = np.stack([np.asarray(image) for image in images])
@@ -82,6 +85,7 @@ def resized(image, size, filter):
 def patch_grid(paths, config, source=""):
     """Patches (t, h, w) of a video's frames from the size of the first file alone."""
     vision = config.vision_config
-    _, (width, height) = frame_sizes(image_size(paths[0], source), config)
+    size = image_size(paths[0], source)
+    _, (width, height) = frame_sizes(size, config, f"{source}: {paths[0]}")
     t = math.ceil(len(paths) / vision.temporal_patch_size)
     return t, height // vision.patch_size, width // vision.patch_size

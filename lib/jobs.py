@@ -8,7 +8,11 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
+
+from lib.files import parse_json
 
 KEPT_BLOCK = 30 * 2**20  # bytes; glibc's limit is 32 MiB
 timings = Counter()  # what this process did and the seconds it took, since take_timings
@@ -31,6 +35,18 @@ class Result:
     drafts: list  # [lib.clips.Draft], rows that were made
     dropped: dict  # {reason: how many clips or rows were left out for it}
     timings: Counter  # as take_timings gives them; nothing for a job that was finished before
+
+
+def read_record(file):
+    """A clip's rows.json {"rows": [{"row", "label", ...}], "dropped": {reason: count}}; None if damaged."""
+    record, wrong = parse_json(Path(file).read_text(encoding="utf-8", errors="replace"))
+    is_whole = not wrong and isinstance(record, dict) and isinstance(record.get("dropped"), dict)
+    if not is_whole or not isinstance(record.get("rows"), list):
+        return None
+    for entry in record["rows"]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("row"), dict) or "label" not in entry:
+            return None
+    return record
 
 
 def start_worker():
@@ -61,6 +77,9 @@ def run_jobs(jobs, do, workers):
                 print_progress(len(results), len(jobs), time.time() - begun)
     except KeyboardInterrupt:
         sys.exit("Stopped. What is finished is kept; the same command goes on from there.")
+    except BrokenProcessPool:
+        cause = "A worker process was killed, perhaps because memory ran out"
+        sys.exit(f"{cause}; the same command goes on from what is finished, with fewer WORKERS if need be.")
     return results
 
 

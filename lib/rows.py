@@ -9,12 +9,17 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.command_line import require
+from lib.command_line import quote, require
 
 PLACEHOLDER = "<output_image>"  # in a row's text_output: here stands an overlay
 LETTERS = "ABCDEF"  # of options
 # a latent block in decoded text: group 1 holds its latents, group 2 its end, None where it was cut off
 LATENT_BLOCK = re.compile(r"<\|latent_start\|>((?:<\|latent_pad\|>)*)(<\|latent_end\|>)?")
+# an option in a question's text, a line each: "A. left", "A) left" or "(A) left"
+OPTION = re.compile(r"^(?:([A-F])[.)]|\(([A-F])\)) (.*)$", flags=re.M)
+# NUL, and halves of characters: no tokenizer and no file takes them
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
+LONGEST_VIDEO = 1e7  # seconds
 
 
 @dataclass
@@ -38,10 +43,14 @@ class Row:
     release_fields: dict = field(default_factory=dict)  # what the release writes beside an answer (DSR)
 
 
-def read_rows(path, limit=None):
-    """Reads a DIFT or 4DRL jsonl -> [Row]; exits with "file:line: ..." on the first bad one."""
+def read_rows(path, limit=None, with_answers=False):
+    """Reads a DIFT or 4DRL jsonl -> [Row]; exits with "file:line: ..." on the first bad one.
+
+    with_answers: each row needs a text_output to learn from, as 4DRL rows have none.
+    """
     path = Path(path)
-    require(path.is_file(), f"There is no file {path}; make it with generate_data.py or set DATA.")
+    there = os.path.isfile(path)
+    require(there, f"There is no file {quote(str(path))}; make it with generate_data.py or set DATA.")
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip() or len(rows) == limit:
@@ -49,10 +58,13 @@ def read_rows(path, limit=None):
         source = f"{path}:{number}"
         try:
             raw = json.loads(line)
-        except ValueError as error:  # of JSON or of UTF-8
-            sys.exit(f"{source}: not valid JSON ({error}); correct or delete the line.")
+        except (ValueError, RecursionError) as error:  # of JSON or of UTF-8, or nested too deeply
+            sys.exit(f"{source}: not valid JSON ({quote(str(error))}); correct or delete the line.")
         require(isinstance(raw, dict), f"{source}: a row must be a JSON object.")
-        rows.append(to_row(raw, source, path.parent))
+        row = to_row(raw, source, path.parent)
+        has_answer = row.text_output or not with_answers
+        require(has_answer, f"{source}: there is no text_output to learn from; 4DRL rows are for grpo4d.py.")
+        rows.append(row)
     require(rows, f"{path} holds no rows; make it again with generate_data.py.")
     return rows
 
@@ -65,12 +77,15 @@ def to_row(raw, source, folder):
     for name, kind in kinds.items():
         correct = isinstance(raw.get(name), kind)
         require(correct, f"{source}: '{name}' is missing or not a {kind.__name__}.")
+    require_names(raw, source)
+    for name in ("text_input", "text_output"):
+        require_text(raw[name], name, source)
     question, text = raw["text_input"], raw["text_output"]
 
     images = {}
     for name in ("image_input", "image_output"):
         are_paths = all(type(path) is str for path in raw[name])
-        require(are_paths, f"{source}: '{name}' must hold paths, got {raw[name]}.")
+        require(are_paths, f"{source}: '{name}' must hold paths, got {quote(raw[name])}.")
         images[name] = [find_file(path, folder, source) for path in raw[name]]
     frames, overlays = images["image_input"], images["image_output"]
 
@@ -81,13 +96,19 @@ def to_row(raw, source, folder):
 
     supervise = raw.get("supervise", "all")
     known = supervise in ("all", "letters")
-    require(known, f'{source}: \'supervise\' is {supervise!r}; it must be "all" or "letters".')
+    shown = quote(supervise)
+    require(known, f"{source}: 'supervise' is '{shown}'; it must be \"all\" or \"letters\".")
 
     video = ""
     if not frames and raw.get("video_path"):
         video = str(folder / str(raw["video_path"]))
     clip = Path(raw["image_input"][0]).parent.parent.name if frames else Path(video).stem
     answer = re.search(r"<answer>\s*([A-F])\b", text)
+    options = read_options(question)
+    key = raw.get("key") or (answer.group(1) if answer else None)
+    is_option = key is None or not raw.get("key") or not options or key in options
+    shown = f"'{quote(str(key))}' is none of the options {', '.join(options)}"
+    require(is_option, f"{source}: the key {shown}; correct or drop the row.")
     return Row(
         id=str(raw.get("id", source)),
         text_input=question,
@@ -97,29 +118,54 @@ def to_row(raw, source, folder):
         times=read_times(raw, source, len(frames)),
         subtask=str(raw.get("subtask", "all")),
         clip=str(raw.get("clip") or clip),
-        key=raw.get("key") or (answer.group(1) if answer else None),
-        options=dict(re.findall(r"^([A-F])\. (.*)$", question, flags=re.M)),
+        key=key,
+        options=options,
         video=video,
         source=source,
         supervise=supervise,
     )
 
 
+def read_options(question):
+    """The options in a question's text -> {"A": "left", ...}."""
+    return {bare or bracketed: text for bare, bracketed, text in OPTION.findall(question)}
+
+
+def require_text(text, name, source):
+    """Ends the program unless a text can be written and tokenized whole."""
+    bad = NO_TEXT.search(text)
+    place = bad.start() if bad else 0
+    kind = "a NUL" if bad and bad[0] == "\0" else "half of a character (a lone surrogate)"
+    require(not bad, f"{source}: '{name}' holds {kind} at place {place}; correct the text.")
+
+
+def require_names(raw, source):
+    """Ends the program unless what names a row, its clip and its video is a text or a number."""
+    for name in ("id", "subtask", "Type", "clip", "video_path", "key"):
+        value = raw.get(name)
+        kinds = str if name in ("video_path", "key") else (str, int, float)
+        is_name = value is None or isinstance(value, kinds)
+        require(is_name, f"{source}: '{name}' must be a text, got {quote(value)}; correct the row.")
+        require_text(str(value), name, source)
+
+
 def read_times(raw, source, count):
     """The seconds of a row's frames; those of the release, which has none, are a second apart."""
     times = raw.get("times") or list(range(count))
     rising = isinstance(times, list) and all(type(t) in (int, float) for t in times)
-    rising = rising and times == sorted(times)
-    require(rising, f"{source}: 'times' must be a list of rising seconds, got {times}.")
+    # NaN and infinity are no seconds either
+    rising = rising and all(abs(t) <= LONGEST_VIDEO for t in times) and times == sorted(times)
+    require(rising, f"{source}: 'times' must be a list of rising seconds, got {quote(times)}.")
     require(len(times) == count, f"{source}: {len(times)} times for {count} frames.")
     return [float(t) for t in times]
 
 
 def from_4drl_schema(raw, source):
     """A 4DRL row {"Type", "Question", "A".."F", "Correct", "frame_paths"} -> the fields of a DIFT row."""
-    letters = [letter for letter in LETTERS if raw.get(letter) not in (None, "")]
-    key = raw.get("Correct")
-    require(key in letters, f"{source}: the key 'Correct' is {key!r}, the options are {letters}.")
+    flaw = find_flaw(raw)
+    require(not flaw, f"{source}: {flaw}.")
+    letters = options_of(raw)
+    key = raw["Correct"]
     frames = raw.get("frame_paths") or []
     has_video = frames or raw.get("video_path")
     require(has_video, f"{source}: there is neither 'frame_paths' nor 'video_path'.")
@@ -141,6 +187,41 @@ def from_4drl_schema(raw, source):
     return row
 
 
+def options_of(raw):
+    """The letters of a 4DRL row's options that hold something."""
+    return [letter for letter in LETTERS if raw.get(letter) not in (None, "")]
+
+
+def find_flaw(raw):
+    """Why a 4DRL row cannot be asked, or "": its question, its options and its key."""
+    if not isinstance(raw.get("Question"), str) or not raw["Question"].strip():
+        return f"'Question' must be a text, got {quote(raw.get('Question'))}"
+    for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
+        option = raw.get(letter)
+        if option is not None and type(option) not in (str, int, float):
+            return f"the option {letter} must be a text, got {quote(option)}"
+        if option not in (None, "") and letter not in LETTERS:
+            return f"there is an option {letter}, but options go from A to {LETTERS[-1]}; drop the row"
+    letters = options_of(raw)
+    key = raw.get("Correct")
+    if not isinstance(key, str) or key not in letters:
+        shown = f"'{key}'" if isinstance(key, str) else quote(key)
+        return f"the key 'Correct' is {quote(shown)}, the options are {letters}"
+    return ""
+
+
+def with_keys(rows, print=print):
+    """The rows that can be scored, whose key is one of their options; others are counted in one line."""
+    scored = [row for row in rows if row.key in row.options]
+    left_out = [row for row in rows if row.key not in row.options]
+    if left_out:
+        first = left_out[0]
+        options = ", ".join(first.options) or "none"
+        reason = f"the first is {first.source} (key {first.key}, options {options})"
+        print(f"{len(left_out)} of {len(rows)} rows have no options with a key and are not scored; {reason}.")
+    return scored
+
+
 def find_file(name, folder, source):
     """The path as it is, else from the row's file, else without a leading ./data/ (the release's root)."""
     without_root = re.sub(r"^(\./)?data/", "", name)
@@ -148,7 +229,7 @@ def find_file(name, folder, source):
     for candidate in (name, f"{folder}/{name}", f"{folder}/{without_root}"):
         if os.path.isfile(candidate):
             return os.path.abspath(candidate)
-    sys.exit(f"{source}: there is no file {name}, neither as written nor beside {folder}.")
+    sys.exit(f"{source}: there is no file {quote(name)}, neither as written nor beside {folder}.")
 
 
 @functools.lru_cache(2)

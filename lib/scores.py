@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import stdev
 
 import torch
 
 from lib.benchmarks import BENCHMARKS, known_subtasks
+from lib.command_line import require
+from lib.files import is_json, parse_json, read_json, read_jsonl
 
 JSON_NAMES = {"source": "where", "truncated": "cut"}  # fields that have another name in results.jsonl
 
@@ -53,6 +56,52 @@ class Result:
             if key in entry:
                 own[name] = entry.pop(key)
         return cls(**own, release_fields=entry)
+
+
+# ---------------------------------------------------------------- results that are there already
+
+
+def read_results(path, count=None):
+    """The entries of results.jsonl by their rows; exits on a damaged one, or one of no row below `count`."""
+    kinds = {"row": int, "subtask": str, "options": (int, float), "correct": bool, "pred": str, "hit": int}
+    kinds.update(cut=bool, blocks=int, tokens=int, text=str, imagery=list, where=str, id=str)
+    kinds.update(key=(str, type(None)), answer=(str, type(None)))
+    entries = {}
+    for number, entry in enumerate(read_jsonl(path), 1):
+        wrong = [name for name, kind in kinds.items() if not isinstance(entry.get(name, kind), kind)]
+        wrong += [name for name in kinds if name not in entry and name not in ("key", "answer", "imagery")]
+        where = f"{path}: entry {number} is damaged"
+        remedy = "delete its line, and the question is answered again"
+        require(not wrong, f"{where} ({wrong[0] if wrong else ''} is missing or of another type); {remedy}.")
+        in_range = entry["row"] >= 0 and (count is None or entry["row"] < count)
+        require(in_range, f"{where} (there is no question {entry['row']}); {remedy}.")
+        entries[entry["row"]] = entry
+    return entries
+
+
+def read_settings(out):
+    """The settings that the answers in a folder were given with; None if there are none yet.
+
+    Exits if there are answers of something else, or if the settings are damaged.
+    """
+    file = Path(out) / "settings.json"
+    answers = Path(out) / "results.jsonl"
+    if file.is_file():
+        return read_json(file, dict, f"delete {out} to answer again")
+    is_free = not answers.is_file() or not answers.stat().st_size
+    require(is_free, f"{answers} was not written by evaluate.py, which would overwrite it; set another OUT.")
+    return None
+
+
+def read_neighbour(file):
+    """The summary of a control; None, said in a line, if it is damaged."""
+    summary = parse_json(Path(file).read_text(encoding="utf-8"))[0] if is_json(file) else {}
+    settings, scores = summary.get("settings"), summary.get("scores")
+    micro = scores.get("micro") if isinstance(scores, dict) else None
+    if isinstance(settings, dict) and "weights" in settings and isinstance(micro, dict):
+        return summary
+    print(f"{file} is damaged and is left out.")
+    return None
 
 
 # ---------------------------------------------------------------- numbers

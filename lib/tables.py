@@ -6,6 +6,8 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 
+from lib.command_line import quote
+
 
 def read_table(path):
     """A file's entries: parquet, csv, tsv, jsonl or json (a list, a dict of them or of lists) -> [dict].
@@ -16,8 +18,11 @@ def read_table(path):
         sys.exit(f"{path} needs pyarrow: pip install pyarrow.")
     try:
         return parse_table(path)
-    except (TypeError, ValueError, csv.Error) as error:
-        sys.exit(f"{path} is no valid {path.suffix[1:]} file ({error}); download it again.")
+    except OSError as error:
+        # of the disk, or of a parquet file with a wrong byte
+        sys.exit(f"{path} cannot be read ({quote(str(error))}); download it again.")
+    except Exception as error:  # of many libraries, or of JSON nested too deeply
+        sys.exit(f"{path} is no valid {path.suffix[1:]} file ({quote(str(error))}); download it again.")
 
 
 def parse_table(path):

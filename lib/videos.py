@@ -1,5 +1,9 @@
 """Video files to frames: the one decord reader, and frames kept as JPEG for rows that name only a video."""
 
+import os
+import re
+import shutil
+import uuid
 import zlib
 from importlib import import_module
 from importlib.util import find_spec
@@ -8,9 +12,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lib.command_line import require
+from lib.command_line import quote, require
 from lib.distributed import all_gather_list, is_rank0
-from lib.files import evenly_spaced
+from lib.files import UNFINISHED, evenly_spaced, keep_first
+
+PIECE = 8  # frames decoded at once: so many lie in memory at full size
+FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of a video that is a folder of images
+LONGEST_NAME = 200  # bytes of a name in the cache; file systems allow 255
 
 
 def require_decord():
@@ -18,21 +26,59 @@ def require_decord():
     require(find_spec("decord"), "Videos need decord: pip install decord==0.6.0, on ARM eva-decord.")
 
 
-def decode_video(path, fps=1.0, most=None, indexes=None):
-    """A video's frames as PIL images and their true seconds (n,).
+def decode_frames(path, fps=1.0, most=None, indexes=None):
+    """A video's frames, one after the other: (PIL image, its true time in seconds).
 
-    Frames at 0, 1 / fps ... seconds, at most `most` of them, evenly spaced; or those numbered `indexes`.
-    decord raises many kinds of errors; each means that the file cannot be used.
+    What a player shows at 0, 1 / fps ... seconds, at most `most` frames, evenly spaced; or those numbered
+    `indexes`. Decoded in pieces, so memory holds a few frames. decord raises many kinds of errors; each means
+    that the file cannot be used.
     """
     require_decord()
     reader = import_module("decord").VideoReader(str(path))
     times = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(float)
     if indexes is None:
-        wanted = np.arange(times[0], times[-1] + 1e-6, 1 / fps)
-        indexes = np.unique(np.searchsorted(times, wanted - 1e-6).clip(max=len(times) - 1)).tolist()
+        indexes = shown_frames(times, fps)
         indexes = evenly_spaced(indexes, most) if most else indexes
-    frames = [Image.fromarray(frame) for frame in reader.get_batch(indexes).asnumpy()]
-    return frames, times[indexes]
+    for start in range(0, len(indexes), PIECE):
+        piece = [int(index) for index in indexes[start : start + PIECE]]
+        for index, frame in zip(piece, read_piece(reader, piece)):
+            yield Image.fromarray(frame), float(times[index])
+
+
+def read_piece(reader, numbers):
+    """The frames of these numbers, (H, W, 3) uint8 each.
+
+    Some widths, such as 72, are padded in memory to what looks to decord like four channels: (H, W, 4), in
+    which each row of 3 · W numbers stands at the beginning of one of 4 · W.
+    """
+    try:
+        return list(reader.get_batch(numbers).asnumpy())
+    except Exception:  # of such a width; of a damaged file the next lines fail too
+        frames = [reader[number].asnumpy() for number in numbers]
+    padded = []
+    for frame in frames:
+        height, width, channels = frame.shape
+        rows = frame.reshape(height, width * channels)
+        padded.append(rows[:, : 3 * width].reshape(height, width, 3))
+    return padded
+
+
+def shown_frames(times, fps):
+    """Times of all frames (n,) in seconds -> numbers of those that a player shows at 0, 1 / fps ... seconds.
+
+    At a time it shows the last frame that has begun. Frames before 0 are not shown: a cut without encoding
+    anew leaves some. A video that begins later is sampled from its first frame on. Rising, each once.
+    """
+    if not np.isfinite(times).all():
+        raise ValueError("timestamps that are no numbers")
+    order = np.argsort(times, kind="stable")
+    if times.max() >= 0:
+        order = order[times[order] >= 0]
+    begins = times[order]
+    wanted = np.arange(begins[0], begins[-1] + 1e-6, 1 / fps)
+    # of frames with one and the same time the last is shown; 1e-6 is less than any frame lasts
+    shown = np.searchsorted(begins, wanted + 1e-6, side="right") - 1
+    return order[np.unique(shown)].tolist()
 
 
 def frames_on_disk(video, cache, fps, most):
@@ -41,29 +87,57 @@ def frames_on_disk(video, cache, fps, most):
     A folder counts as a video of its frame_* images, 1 / fps seconds apart (Dyn-Bench, which has no times).
     """
     path = Path(video)
-    if path.is_dir():
-        images = [(str(image), number / fps) for number, image in enumerate(sorted(path.glob("frame_*")))]
-        return evenly_spaced(images, most), "" if images else f"{path} holds no frame_*"
-    if not path.is_file():
-        return [], f"there is no {path}"
+    shown = quote(str(path))
+    if os.path.isdir(path):
+        images = [(str(image), number / fps) for number, image in enumerate(list_images(path))]
+        return evenly_spaced(images, most), "" if images else f"{shown} holds no frame_*"
+    if not os.path.isfile(path):
+        return [], f"there is no {shown}"
     folder = cache_folder(path, cache, fps, most)
     if not folder.is_dir():
-        try:
-            frames, times = decode_video(path, fps, most)
-        except Exception as error:  # decord's, of many kinds
-            return [], f"{path} cannot be decoded ({type(error).__name__})"
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        unfinished.mkdir(parents=True, exist_ok=True)
-        for frame, time in zip(frames, times):
-            frame.save(unfinished / f"{time:09.3f}.jpg", quality=95, subsampling=0)
-        unfinished.rename(folder)
-    return [(str(image), float(image.stem)) for image in sorted(folder.glob("*.jpg"))], ""
+        reason = decode_into(folder, path, fps, most)
+        if reason:
+            return [], f"{shown} cannot be decoded ({reason}); encode it as H.264"
+    images = sorted(folder.glob("*.jpg"), key=lambda image: float(image.stem))
+    return [(str(image), float(image.stem)) for image in images], ""
+
+
+def list_images(folder):
+    """The frame_* images of a folder in the order of their numbers: frame_2 comes before frame_10."""
+    images = [path for path in folder.glob("frame_*") if path.suffix.lower() in FRAME_ENDINGS]
+
+    def numbers(path):
+        """The name with its numbers as numbers."""
+        parts = re.split(r"(\d+)", path.stem)
+        return [(int(part), "") if part.isdecimal() else (0, part) for part in parts], path.name
+
+    return sorted(images, key=numbers)
+
+
+def decode_into(folder, path, fps, most):
+    """Writes a video's frames into a folder, whole or not at all -> why it cannot be decoded, or ""."""
+    # each process writes a folder of its own; who comes second uses what is there
+    unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:12]}{UNFINISHED}")
+    try:
+        for frame, seconds in decode_frames(path, fps, most):
+            unfinished.mkdir(parents=True, exist_ok=True)
+            frame.save(unfinished / f"{seconds:09.3f}.jpg", quality=95, subsampling=0)
+    except OSError:  # of our own disk
+        raise
+    except Exception as error:  # decord's, of many kinds
+        shutil.rmtree(unfinished, ignore_errors=True)
+        return type(error).__name__
+    if not unfinished.is_dir():
+        return "no frames"
+    keep_first(unfinished, folder)
+    return ""
 
 
 def cache_folder(path, cache, fps, most):
     """The folder of a video's frames, another one once the file or the sampling changes."""
     facts = f"{path} {path.stat().st_size} {path.stat().st_mtime_ns} {fps} {most}"
-    return Path(cache).absolute() / f"{path.stem}_{zlib.crc32(facts.encode()):08x}"
+    stem = os.fsdecode(os.fsencode(path.stem)[:LONGEST_NAME])
+    return Path(cache).absolute() / f"{stem}_{zlib.crc32(os.fsencode(facts)):08x}"
 
 
 def attach_frames(rows, rank=0, world=1, root="", cache="out/frames", fps=1.0, most=50):
@@ -71,6 +145,7 @@ def attach_frames(rows, rank=0, world=1, root="", cache="out/frames", fps=1.0, m
 
     A row's video counts from `root`.
     """
+    rows = [row for row in rows if not row.skip_reason]
     videos = sorted({row.video for row in rows})[rank::world]
     mine = [(video, frames_on_disk(Path(root) / video, cache, fps, most)) for video in videos]
     found = dict(all_gather_list(mine))

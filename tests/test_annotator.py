@@ -1,10 +1,13 @@
 """ANNOTATOR="api" against a server of this machine that answers well, badly, and dies midway."""
 
+import contextlib
 import json
 import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.error import HTTPError
+from urllib.request import Request
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from helpers import refused
 from test_real_data import clips, constants, generate, shot_of, world  # noqa: F401
 
 import generate_data as gd
+from lib import annotator
 
 
 class Annotator(BaseHTTPRequestHandler):
@@ -32,6 +36,9 @@ class Annotator(BaseHTTPRequestHandler):
         if isinstance(trouble, int):
             self.send_error(trouble)
             return
+        if trouble in ("redirect", "endless", "drip"):
+            self.never_end(trouble)
+            return
         if trouble == "slow":
             time.sleep(1.5)
         content = reply_to(text) if not callable(trouble) else trouble(reply_to(text))
@@ -41,6 +48,26 @@ class Annotator(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         self.wfile.write(data)
+
+    def never_end(self, trouble):
+        """Sends the client elsewhere, or replies with more and more, a lot or a little at a time."""
+        if trouble == "redirect":
+            self.send_response(302)
+            self.send_header("Location", self.server.elsewhere)
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):  # until the client has gone, or the test is over
+            for _ in range(40 if trouble == "drip" else 400):
+                self.wfile.write(b" " if trouble == "drip" else b" " * 2**17)
+                self.wfile.flush()
+                time.sleep(0.1 if trouble == "drip" else 0)
+
+    def do_GET(self):
+        """What a redirect leads to: it must not be asked."""
+        self.server.asked.append(("GET", 0, self.headers["Authorization"]))
+        self.send_error(404)
 
     def log_message(self, *words):
         """Keeps quiet."""
@@ -166,3 +193,41 @@ def test_frames_that_the_annotator_rejects_are_not_used(server, tmp_path):
     found = gd.confirm(c, frames, "red box", masks, range(6), gd.open_annotator(c))
     assert found.tolist() == [True, False, False, True, False, True]
     assert [images for _, images, _ in server.asked] == [4, 4, 4]
+
+
+def request_to(server, trouble):
+    """Sends one request to a server that has this trouble -> the reply, or what goes wrong."""
+    server.troubles = {"thought": [trouble]}
+    server.elsewhere = server.url.replace("local" + "host", "0" + ".0.0.0") + "/stolen"
+    body = {"messages": [{"content": [{"text": "right answer is: A. b, exactly 1 times"}]}]}
+    headers = {"Authorization": "Bearer secret"}
+    request = Request(f"{server.url}/chat/completions", json.dumps(body).encode(), headers)
+    return annotator.fetch(request, timeout=1.0)
+
+
+def test_a_redirect_is_refused_and_the_key_goes_nowhere_else(server):
+    with pytest.raises(HTTPError) as error:
+        request_to(server, "redirect")
+    assert error.value.code == 302 and len(server.asked) == 1
+
+
+@pytest.mark.parametrize("trouble, kind", [("drip", TimeoutError), ("endless", ValueError)])
+def test_a_reply_without_an_end_is_given_up_in_time(server, trouble, kind):
+    begun = time.time()
+    with pytest.raises(kind):
+        request_to(server, trouble)
+    assert time.time() - begun < 3
+
+
+@pytest.mark.parametrize(
+    "url", ["api.openai.com/v1", "", "ftp://x/v1", "file:///x", "https://", "http://[::1"]
+)
+def test_an_address_is_checked_before_any_video_is_read(url):
+    refused(lambda: annotator.require_url(url), "BASE_URL=", "https://")
+    annotator.require_url("https://api.openai.com/v1")
+
+
+@pytest.mark.parametrize("name", ["a\nB. red car", "a red </think> car", "", 5, None, "x " * 80])
+def test_a_name_is_one_short_line(name):
+    reply = json.dumps({"static_object": name, "dynamic_object": "small round ball"})
+    assert annotator.read_names(reply) is None or name is None

@@ -243,8 +243,7 @@ def test_dsi_in_one_file_with_mixed_orders_or_without_versions_is_refused(tmp_pa
         lambda: benchmarks.read_benchmark("dsi", str(path)), "4aug.csv:4:", "different orders", "four files"
     )
     path = whole_dsi_file(tmp_path, lambda row: 0, lambda rows: [row | {"aug": None} for row in rows])
-    rows = benchmarks.read_benchmark("dsi", str(path))
-    assert rows[0].video == "/cam/a.mp4"  # an empty folder: no video is there, and evaluate says so
+    refused(lambda: benchmarks.read_benchmark("dsi", str(path)), "4aug.csv:1", "/cam/a.mp4", "inside VIDEOS")
 
 
 def test_dyn_scenes_and_frames(tmp_path):
@@ -420,7 +419,7 @@ def test_frames_have_their_true_times_and_are_decoded_once(tmp_path, monkeypatch
     other = frames_of("c/ü.mp4")[0]
     assert not {path for path, _ in frames} & {path for path, _ in other}
     assert [time for _, time in frames_of("c/ü.mp4", most=3)[0]] == [0, 2, 4]
-    monkeypatch.setattr(videos, "decode_video", lambda *words: pytest.fail("decoded again"))
+    monkeypatch.setattr(videos, "decode_frames", lambda *words: pytest.fail("decoded again"))
     assert frames_of("a b/ü.mp4") == (frames, "")
 
 
@@ -699,11 +698,34 @@ def test_a_checkpoint_of_the_release_is_scored(bench, tiny, monkeypatch):
         ({"candidates": "{[1]: 2}"}, ("2 to 6 options",)),
         ({"type": 3}, ("'3'", "BENCH=dsr")),
         ({"candidates": {"A": "x", "C": "y"}}, ("2 to 6 options",)),
+        ({"candidates": {"A": ["x"], "B": "y"}}, ("2 to 6 options",)),
+        ({"candidates": "{'x', 'y'}"}, ("2 to 6 options",)),
+        ({"candidates": "1+" * 5000 + "1"}, ("2 to 6 options",)),
+        ({"answer": ["A"]}, ("the answer must be a text",)),
+        ({"question": 5}, ("the question must be a text",)),
+        ({"question": "a\0b"}, ("the question must be a text",)),
+        ({"video": "../v_0.mp4"}, ("../v_0.mp4", "inside VIDEOS")),
+        ({"video": "/v_0.mp4"}, ("/v_0.mp4", "inside VIDEOS")),
     ],
 )
-def test_a_bad_row_is_one_sentence_with_file_and_row(tmp_path, change, expected):
-    path = dsr_file(tmp_path, **change)
-    refused(lambda: benchmarks.read_benchmark("dsr", str(path)), "benchmark.json:3:", *expected)
+def test_a_bad_row_is_left_out_with_its_reason(tmp_path, change, expected):
+    """The others are asked: one bad row does not end a benchmark."""
+    rows = benchmarks.read_benchmark("dsr", str(dsr_file(tmp_path, **change)))
+    assert [bool(row.skip_reason) for row in rows] == [False, False, True, False, False, False]
+    assert rows[2].source.endswith("benchmark.json:3")
+    for words in expected:
+        assert words in rows[2].skip_reason
+
+
+def test_a_bad_row_of_a_version_is_one_of_four(tmp_path):
+    """DSI-Bench: the n-th rows of the four versions stay together."""
+    dsi_files(tmp_path)
+    path = tmp_path / "metadatas" / "hflip.csv"
+    lines = path.read_text().replace("C: Forward; D: Still", "", 1)
+    path.write_text(lines)
+    rows = benchmarks.read_benchmark("dsi", str(tmp_path))
+    twins = [row.release_fields["twin"] for row in rows]
+    assert twins == [1, 2, 3] * 4 and sum(bool(row.skip_reason) for row in rows) <= 1
 
 
 def test_a_bad_file_is_one_sentence(tmp_path, monkeypatch):

@@ -324,7 +324,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(tiny, tmp_path):
     afresh = open_run(tmp_path, "never", constants(), ["LR", "SIZES"])
     assert afresh.start == 0 and afresh.record == constants()
     clear_run(afresh, unfinished=True, results="eval")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "log.jsonl"]
     assert afresh.log.read_text() == ""
 
 

@@ -674,12 +674,17 @@ def result_of(out):
 
 
 def assert_equal_logs(mine, theirs, relative=1e-5):
-    """To 1e-5, times and padding aside."""
+    """To 1e-5, times and padding aside.
+
+    The norm of the gradient is a root of a sum over all weights of products of other shapes: on one processor
+    its rounding is under 1e-5, on another of the same kind 1.2e-5, so it gets 5e-5.
+    """
     assert len(mine) == len(theirs) > 0
     for one, other in zip(mine, theirs):
         assert one.keys() == other.keys()
         for name in one.keys() - set(UNLIKE):
-            assert one[name] == pytest.approx(other[name], abs=1e-5, rel=relative), name
+            limit = max(relative, 5e-5) if name == "gnorm" else relative
+            assert one[name] == pytest.approx(other[name], abs=1e-5, rel=limit), name
 
 
 def assert_equal_runs(mine, theirs):

@@ -105,9 +105,9 @@ def test_a_row_gets_its_positions_from_its_seconds(tiny, rows, step, last):
 
 def test_strips_are_contiguous_and_the_first_take_the_rest():
     x = torch.arange(7.0)[:, None]
-    assert pool_latents(x, 3)[:, 0].tolist() == [1.0, 3.5, 5.5]  # 0 1 2 | 3 4 | 5 6
-    assert pool_latents(x, 1)[:, 0].tolist() == [3.0]
-    assert pool_latents(x, 7)[:, 0].tolist() == list(range(7))
+    assert pool_latents(x, 3, "strips", None)[:, 0].tolist() == [1.0, 3.5, 5.5]  # 0 1 2 | 3 4 | 5 6
+    assert pool_latents(x, 1, "strips", None)[:, 0].tolist() == [3.0]
+    assert pool_latents(x, 7, "strips", None)[:, 0].tolist() == list(range(7))
     x = torch.randn(12, 5)
     assert torch.allclose(pool_latents(x, 4, "strips", (3, 4)), x.view(4, 3, 5).mean(dim=1))
 
@@ -123,7 +123,7 @@ def test_grid_keeps_both_axes():
 
 
 def test_too_few_tokens_are_refused():
-    refused(lambda: pool_latents(torch.zeros(3, 5), 4), "3 visual tokens", "K=4")
+    refused(lambda: pool_latents(torch.zeros(3, 5), 4, "strips", None), "3 visual tokens", "K=4")
     refused(lambda: pool_latents(torch.zeros(12, 5), 5, "grid", (3, 4)), "3 x 4 tokens into 1 x 5")
 
 

@@ -574,7 +574,8 @@ def test_bad_clips_are_counted_and_named(clips, monkeypatch, tmp_path, capsys):
         container.mux(stream.encode())
     write_video(videos / "g1/one.mp4", good[0].frames[:1])
     (notes / "g1/nopose/poses.npy").unlink()
-    lines = [f"{number} {number % 8}" for number in range(51)]
+    write_video(videos / "g1/long.mp4", np.repeat(good[0].frames, 7, 0)[:51])
+    lines = [f"{number} {number}" for number in range(51)]
     (notes / "g1/long/indexes.txt").write_text("\n".join(lines))
     (notes / "g1/words/instructions.json").write_text('{"0->7": ["Zoom In"]}')
     (notes / "g1/mask/masks_static/frame_0000.png").write_bytes(b"no image")

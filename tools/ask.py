@@ -7,7 +7,7 @@ Prints the answer, and writes OUT/report.html.
 
 from evaluate import describe_run, draw_row, output_folder, to_settings
 from lib.benchmarks import question_row
-from lib.command_line import override_constants, require, require_choice
+from lib.command_line import override_constants, require
 from lib.distributed import init_distributed
 from lib.files import write_text
 from lib.report import make_page, verdict
@@ -22,20 +22,20 @@ CACHE = "out/frames"  # folder for the frames of decoded videos; may be deleted
 # --- data
 QUESTION = "How does the camera move?"  # in your words
 OPTIONS = ""  # "left|right", 2 to 6 of them; "": an open question
-FPS = 1.0  # frames a second of a video (release)
-MAX_FRAMES = 50  # of a video, evenly spaced where there are more (release)
+FPS = 1.0  # > 0, <= 1e3; frames a second of a video (release)
+MAX_FRAMES = 50  # >= 1; of a video, evenly spaced where there are more (release)
 TIMES_IN_PROMPT = False  # True: the seconds of the frames stand before the question (ours)
 VIDEO = ""  # "" | none | shuffled (frames in another order) (ours)
 # --- model
 LATENTS = ""  # "" | zero | noise | pad: what is fed in latent blocks (ours)
-MAX_NEW = 512  # new positions of an answer at most, latents included
-TEMPERATURE = 0.0  # 0: greedy; 0.7 (release)
-TOP_P = 1.0  # share of the probability that is sampled from; 0.9 (release)
-SECONDS_PER_PAIR = None  # None: the checkpoint's own; 2.0: as the release evaluates
+MAX_NEW = 512  # >= 1; new positions of an answer at most, latents included
+TEMPERATURE = 0.0  # 0 or 0.01 to 100; 0: greedy; 0.7 (release)
+TOP_P = 1.0  # > 0, <= 1; share of the probability that is sampled from; 0.9 (release)
+SECONDS_PER_PAIR = None  # > 0, <= 1e6; None: the checkpoint's own; 2.0: as the release evaluates
 SUFFIX = ""  # instruction after the question; "": the checkpoint's own; @file reads one
 # --- system
 FAST = True  # False: exactly the code of model.py, the same numbers
-SEED = 0  # of sampling, VIDEO=shuffled, LATENTS=noise
+SEED = 0  # >= 0; of sampling, VIDEO=shuffled, LATENTS=noise
 
 
 def read_options(text):
@@ -48,8 +48,6 @@ def read_options(text):
 
 if __name__ == "__main__":
     c = override_constants(globals())
-    require_choice("VIDEO", c.VIDEO, ("", "none", "shuffled"))
-    require_choice("LATENTS", c.LATENTS, ("", "zero", "noise", "pad"))
     options = read_options(c.OPTIONS)
 
     # the question becomes a row as evaluate.py knows them, but without a key

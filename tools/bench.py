@@ -27,6 +27,7 @@ PLAIN=True that is done twice, first with FAST=False.
 """
 
 import functools
+import gc
 import itertools
 import json
 import math
@@ -53,12 +54,12 @@ from tools.bench_dift import make_case, measure_rounds, naive_step, our_step, ru
 
 OUT = "out/bench.json"  # results with device and versions; "": none
 SIZES = "tiny 45M"  # any of tiny 45M 3B 7B: shapes with random weights
-PAIRS = 0  # frame pairs of the video; 0: the size's own
-G = 8  # answers to a question
-NEW = 64  # positions of an answer
-EVAL = 16  # questions of the evaluation
-REPEATS = 1  # measured rounds after one to warm up
-THREADS = 1  # of a CPU
+PAIRS = 0  # >= 0; frame pairs of the video; 0: the size's own
+G = 8  # >= 2; answers to a question
+NEW = 64  # >= 1; positions of an answer
+EVAL = 16  # >= 1; questions of the evaluation
+REPEATS = 1  # >= 0; measured rounds after one to warm up
+THREADS = 1  # 1 to 1000; of a CPU
 PLAIN = False  # True: FAST=False in the place of the common way
 GROWTH = False  # the growth table, of ours, in place of the other
 MEMORY = False  # the table of predicted memory
@@ -67,7 +68,7 @@ WAY = "both"  # both | naive (the common way) | plain (ours with FAST=False) | o
 MODEL = ""  # a checkpoint, to time its evaluation instead; "": none
 DATA = "out/toy"  # its questions, as evaluate.py takes them
 BATCHES = "1 16 64"  # questions answered at once
-QUESTIONS = 0  # the first so many; 0: all (fewer share the encoding of the overlays they are compared with)
+QUESTIONS = 0  # >= 0; the first so many; 0: all (fewer share the encoding of the overlays)
 JSON = False  # prints the figures of one size and way as a line of JSON: how the processes report
 
 GiB = 2**30
@@ -227,6 +228,7 @@ def product_seconds(m, k, n, device):
     repeats = max(1, round(2e7 / (m * k * n)))  # small ones many at a time
 
     def multiply():
+        """The product, as often as it takes to be timed."""
         for _ in range(repeats):
             a @ b
 
@@ -444,6 +446,7 @@ def measure_grpo4d(measured, case, c, device, start):
     calls = make(policy, frozen, case, settings)
 
     def update(*rollout):
+        """Both passes."""
         return calls["policy"](*calls["reference"](*rollout))
 
     both = {"rollout": calls["rollout"], "update": update}
@@ -466,6 +469,7 @@ def decode_seconds(qwen, case, fast, device):
     vision = RandomVision(thinker, patches)
 
     def rollout(positions):
+        """Answers of so many positions."""
         generators = [torch.Generator().manual_seed(number) for number in range(case.G)]
         generate(thinker, [prompt], positions, vision, 1.0, generators=generators)
 
@@ -488,6 +492,7 @@ def measure_evaluation(measured, case, c, device, start):
     size = 1 if c.WAY == "naive" else len(samples)
 
     def answer():
+        """Answers all questions."""
         vision.clear()
         for at in range(0, len(samples), size):
             generate(thinker, samples[at : at + size], case.new, vision)
@@ -503,13 +508,11 @@ def measure(case, c):
     device = this_device()
     start = held_memory()
     measured = Measured({}, {})
-    asked = c.PHASES.split()
-    if "dift" in asked:
-        measure_dift(measured, case, c, device, start)
-    if "rollout" in asked or "update" in asked:
-        measure_grpo4d(measured, case, c, device, start)
-    if "evaluation" in asked:
-        measure_evaluation(measured, case, c, device, start)
+    parts = {"dift": measure_dift, "rollout update": measure_grpo4d, "evaluation": measure_evaluation}
+    for phases, measure_part in parts.items():
+        if set(phases.split()) & set(c.PHASES.split()):
+            measure_part(measured, case, c, device, start)
+            gc.collect()  # a Thinker with fast paths refers to itself, so it would stay for a while
 
     # the needed products of each phase, and the time that they take as plain ones
     phases = {name: vars(usage) for name, usage in measured.phases.items()}
@@ -659,6 +662,7 @@ def evaluate_once(model, rows, size, questions):
     generate_batch, answer_batch = evaluate.generate, evaluate.answer
 
     def timed_generate(*inputs, **options):
+        """evaluate.generate, timed."""
         own, clock = time.process_time(), time.perf_counter()
         completions = generate_batch(*inputs, **options)  # reads its answers back, so a device is waited for
         result.own_generation += time.process_time() - own
@@ -666,6 +670,7 @@ def evaluate_once(model, rows, size, questions):
         return completions
 
     def kept_answer(*inputs, **options):
+        """evaluate.answer, whose texts are kept."""
         answers = answer_batch(*inputs, **options)
         for answer in answers:
             result.texts[answer.row] = answer.text
@@ -728,7 +733,6 @@ def check_constants(c):
         bench_grpo4d.require_room(case_of(size, c))
     for phase in c.PHASES.split():
         require_choice("PHASES", phase, ("dift", "rollout", "update", "evaluation"))
-    require_choice("WAY", c.WAY, ("both", "naive", "plain", "ours"))
 
 
 def main():

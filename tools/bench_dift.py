@@ -37,18 +37,18 @@ from transformers import Qwen2_5_VLForConditionalGeneration as QwenVL
 
 import model
 from dift import dift_loss
-from lib.command_line import override_constants, require, require_choice
+from lib.command_line import override_constants, require
 from lib.distributed import autocast
 from lib.fast import checkpoint_layers, install_fast_paths
 from model import Sample, Thinker, VisionCache, collate, rope_positions
 
 WAY = "both"  # both | naive (the common way) | ours
 SIZE = "45M"  # tiny | 45M | 3B | 7B: shapes with random weights
-REPEATS = 3  # after one step to warm up; the median counts; 0: that one step
-THREADS = 1  # of the CPU
+REPEATS = 3  # >= 0; after one step to warm up; the median counts; 0: that one step
+THREADS = 1  # 1 to 1000; of the CPU
 FAST = True  # of ours; False: exactly the code of model.py
-TIME_GOAL = 0.25  # of the common way
-MEMORY_GOAL = 0.4  # of the common way
+TIME_GOAL = 0.25  # > 0; of the common way
+MEMORY_GOAL = 0.4  # > 0; of the common way
 JSON = False  # prints the figures of one way as a line of JSON: how the processes report
 
 w_ce, w_sim = 0.1, 1.0  # weights of the two losses of Eq. 7 (release)
@@ -300,6 +300,7 @@ def our_step(qwen, case, fast=True):
     collated = collate([sample], case.token_id["endoftext"])
 
     def step():
+        """Forward and backward, the encoding of the images included."""
         batch = vision.prepare(collated)
         logp, imagined, targets = thinker(batch)
         loss, _ = dift_loss(logp, imagined, targets, len(logp), len(imagined), w_ce, w_sim)
@@ -320,6 +321,7 @@ def naive_step(qwen, case):
     overlay_pixels = torch.cat(pixels[1:])
 
     def step():
+        """The same, by the library."""
         # the input: word embeddings, visual features, and as latents the overlays' means (Eq. 5)
         video = qwen.model.visual(pixels[0], grid_thw=grids[:1]).pooler_output
         overlays = qwen.model.visual(overlay_pixels, grid_thw=grids[1:]).pooler_output
@@ -484,8 +486,6 @@ def measure(c):
 def main():
     """Measures both ways, compares what they computed and prints the figures."""
     c = override_constants(globals())
-    require_choice("WAY", c.WAY, ("both", "naive", "ours"))
-    require_choice("SIZE", c.SIZE, cases)
     if c.JSON:
         print(json.dumps(measure(c)))
         return

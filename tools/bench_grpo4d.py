@@ -35,39 +35,39 @@ from transformers import DynamicCache
 
 import model
 from grpo4d import Group, advantages, grpo_loss, pack
-from lib.command_line import override_constants, require, require_choice
+from lib.command_line import override_constants, require
 from lib.fast import checkpoint_layers
 from model import Sample, collate, generate, rope_positions
-from tools.bench_dift import RandomVision, build_network, build_thinker, cases, describe_network
+from tools.bench_dift import RandomVision, build_network, build_thinker, describe_network
 from tools.bench_dift import draw_patches, held_memory, make_case, measure_rounds
 from tools.bench_dift import print_goals, require_same, run_ways
 
 WAY = "both"  # both | naive (the common way) | ours
 SIZE = "45M"  # tiny | 45M | 3B | 7B: shapes with random weights
-REPEATS = 3  # after one step to warm up; the median counts; 0: that one step
-THREADS = 1  # of the CPU
-G = 8  # answers to the question
-NEW = 64  # positions of an answer, latents and the end of turn included
-BEFORE = 20  # words of the prompt before the video
-AFTER = 162  # and after it
-PREFIX = "shared"  # of ours: shared | rows
+REPEATS = 3  # >= 0; after one step to warm up; the median counts; 0: that one step
+THREADS = 1  # 1 to 1000; of the CPU
+G = 8  # >= 2; answers to the question
+NEW = 64  # >= 1; positions of an answer, latents and the end of turn included
+BEFORE = 20  # >= 1; words of the prompt before the video
+AFTER = 162  # >= 1; and after it
+PREFIX = "shared"  # shared | rows; of ours
 CHECKPOINTING = False  # of ours, with PREFIX=rows
 FAST = True  # of ours; False: exactly the code of model.py
-PROMPT_LOGITS = "all"  # of naive, while sampling: all | last
-EPSILON = 0.2  # ε of Eq. 10
-BETA = 0.01  # β of Eq. 10
-TIME_GOAL = 1 / 4.5  # of the common way
-MEMORY_GOAL = 0.4  # of the common way
+PROMPT_LOGITS = "all"  # all | last; of naive, while sampling
+EPSILON = 0.2  # 0 to 1; ε of Eq. 10
+BETA = 0.01  # >= 0; β of Eq. 10
+TIME_GOAL = 1 / 4.5  # > 0; of the common way
+MEMORY_GOAL = 0.4  # > 0; of the common way
 JSON = False  # prints the figures of one way as a line of JSON: how the processes report
 
 some_rewards = (0.0, 1.2, 1.0, 0.2, 0.0, 0.2, 1.2, 1.0)  # of the answers, repeated for another G
 
 
 def require_room(case):
-    """Ends the program if answers are too short for two latent blocks, or too few for a group."""
-    is_enough = case.new >= 8 * (case.K + 2) and case.G >= 2
-    least = f"set NEW to {8 * (case.K + 2)} and G to 2, or more"
-    require(is_enough, f"NEW={case.new} G={case.G} leave no room for latent blocks in a group; {least}.")
+    """Ends the program if answers are too short for two latent blocks."""
+    least = 8 * (case.K + 2)
+    needs = f"set it to {least} or more"
+    require(case.new >= least, f"NEW={case.new} leaves no room for two latent blocks; {needs}.")
 
 
 # ---------------------------------------------------------------- two networks, a question and its answers
@@ -158,6 +158,7 @@ def our_phases(policy, frozen, case, c):
     advantage = advantages(rewards_of(case))[0].to(thinker.device)  # (G,)
 
     def rollout():
+        """Samples the answers -> batch and latents for the update."""
         vision.clear()  # a step meets a new video
         thinker.eval()
         generators = [torch.Generator().manual_seed(number) for number in range(case.G)]
@@ -168,10 +169,12 @@ def our_phases(policy, frozen, case, c):
         return pack(thinker, vision, [Group(0, prompt, completions)], c.PREFIX, True)
 
     def reference_pass(batch, latents):
+        """Adds the log-probabilities under the reference."""
         with torch.no_grad():
             return batch, latents, reference(batch, latents, True, 1.0)[0]
 
     def policy_pass(batch, latents, ref):
+        """Forward and backward -> loss, log-probabilities (n,)."""
         thinker.train(c.CHECKPOINTING)
         logp = thinker(batch, latents, True, 1.0)[0]  # (n,)
         answer = batch.text_at // batch.ids.shape[1]  # (n,)
@@ -264,13 +267,16 @@ def naive_phases(policy, frozen, case, c):
     A = A[:, None]
 
     def rollout():
+        """Samples the answers -> (latents,)."""
         return naive_rollout(policy, rows, c.PROMPT_LOGITS)
 
     def reference_pass(latents):
+        """Adds the log-probabilities under the reference."""
         with torch.no_grad():
             return latents, rows.log_probs(frozen, latents)
 
     def policy_pass(latents, ref):
+        """Forward and backward by Eq. 10 with a mask -> loss, log-probabilities (n,)."""
         policy.train()
         logp = rows.log_probs(policy, latents)
         is_text = rows.is_text[:, 1:]  # (G, T - 1)
@@ -342,10 +348,6 @@ def require_same_log_probs(naive, ours):
 def main():
     """Measures the ways, compares what they computed and prints the figures."""
     c = override_constants(globals())
-    require_choice("WAY", c.WAY, ("both", "naive", "ours"))
-    require_choice("SIZE", c.SIZE, cases)
-    require_choice("PREFIX", c.PREFIX, ("shared", "rows"))
-    require_choice("PROMPT_LOGITS", c.PROMPT_LOGITS, ("all", "last"))
     has_cache = c.PREFIX == "rows" or not c.CHECKPOINTING
     require(has_cache, "CHECKPOINTING=True drops the prompt's cache; set PREFIX=rows.")
     case = make_case(c.SIZE, before=c.BEFORE, question_after=c.AFTER, G=c.G, new=c.NEW)

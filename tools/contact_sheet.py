@@ -10,7 +10,7 @@ from lib.command_line import override_constants
 from lib.contact_sheet import draw_sheet
 
 DATA = "out/toy/train_imagery.jsonl"  # any jsonl of DIFT or 4DRL rows with frames
-ROWS = 4  # rows drawn, evenly spaced over the file
+ROWS = 4  # >= 1; rows drawn, evenly spaced over the file
 OUT = "sheet.png"  # the picture
 
 if __name__ == "__main__":

@@ -46,20 +46,20 @@ from model import PROMPT_END, PROMPT_START, SUFFIX, load_model
 # --- paths
 OUT = "out/tiny"  # folder that is written
 # --- data
-CLIPS = 8000  # clips of pretrain.jsonl
-TEST_CLIPS = 200  # clips of pretrain_test.jsonl
-OPTION_ROWS = 36000  # text-only rows: near drills, far drills, "pick the option" by turns
-OPTION_TEST_ROWS = 600  # of them in pretrain_test.jsonl
-TOY_CLIPS = (300, 300, 100, 10)  # train, test, rl_train, rl_test: for the tokenizer and to measure chance
-THINGS = (3, 5)  # fewest and most things of one "track" row
-P_TRACK = (1.0, 1.0, 1.0, 0.4)  # chances of a clip's rows: words, words, pixels, colour
+CLIPS = 8000  # >= 1; clips of pretrain.jsonl
+TEST_CLIPS = 200  # >= 1; clips of pretrain_test.jsonl
+OPTION_ROWS = 36000  # >= 1; text-only rows: near drills, far drills, "pick the option" by turns
+OPTION_TEST_ROWS = 600  # >= 1; of them in pretrain_test.jsonl
+TOY_CLIPS = (300, 300, 100, 10)  # >= 1; train, test, rl_train, rl_test: for the tokenizer, to measure chance
+THINGS = (3, 5)  # >= 1, rising; fewest and most things of one "track" row
+P_TRACK = (1.0, 1.0, 1.0, 0.4)  # 0 to 1; chances of a clip's rows: words, words, pixels, colour
 # --- model
-VOCAB = 1024  # entries of the tokenizer
+VOCAB = 1024  # >= 300; entries of the tokenizer
 CONFIG = "assets/tiny_network.json"  # the network's shape, below the repository's root
 # --- optimisation
-EYES = (3000, 2000, 2e-3)  # clips, steps and peak LR of the visual encoder's own training
-FLOW_SIZE = 1.5  # length of the features that tell the optical flow, per unit of its code
-EYES_BATCH = 16  # clips of one of its steps
+EYES = (3000, 2000, 2e-3)  # > 0; clips, steps and peak LR of the visual encoder's own training
+FLOW_SIZE = 1.5  # > 0; length of the features that tell the optical flow, per unit of its code
+EYES_BATCH = 16  # >= 1; clips of one of its steps
 STAGES = [  # name, kinds of rows ("plain": far drills of short options), steps, peak LR, supervised
     ("grounding", "grounding", 1000, 2e-3, "all"),
     ("words", "grounding colour far options", 400, 1.5e-3, "all"),
@@ -75,16 +75,16 @@ STAGES = [  # name, kinds of rows ("plain": far drills of short options), steps,
     ("settle", "grounding fine cells colour near far options", 200, 1.5e-3, "all"),
     ("last", "grounding colour near far options", 250, 1e-3, "all"),
 ]
-MOST_STEPS = 0  # steps of a stage at most, for a trial; 0: as STAGES says
-GLOBAL_BATCH = 32  # rows of one step
-MICRO_BATCH = 4  # rows of one forward pass
+MOST_STEPS = 0  # >= 0; steps of a stage at most, for a trial; 0: as STAGES says
+GLOBAL_BATCH = 32  # >= 1; rows of one step
+MICRO_BATCH = 4  # >= 1; rows of one forward pass
 # --- logging
-LOG_EVERY = 50  # steps between printed lines
-SAVE_EVERY = 100  # steps between checkpoints
+LOG_EVERY = 50  # >= 0; steps between printed lines
+SAVE_EVERY = 100  # >= 0; steps between checkpoints
 # --- system
-SEED = 1  # of clips and rows; the network's weights are drawn with 0
-PROCESSES = 2  # of torchrun; the result does not depend on it beyond rounding
-WORKERS = os.cpu_count()  # processes that make clips; the files do not depend on it
+SEED = 1  # >= 0; of clips and rows; the network's weights are drawn with 0
+PROCESSES = 2  # 1 to 1000; of torchrun; the result does not depend on it beyond rounding
+WORKERS = os.cpu_count()  # 1 to 1000; processes that make clips; the files do not depend on it
 
 root = Path(__file__).parent.parent
 # what long options have, as grep would find it in a row's line

@@ -17,8 +17,8 @@ from model import VisionCache, encode_row, generate, load_model
 
 MODEL = "assets/tiny"  # a base made by dift.py with K=0, or any checkpoint
 DATA = "out/tiny/rows"  # folder with pretrain_test.jsonl and test_imagery.jsonl
-LIMIT = 200  # rows of each kind at most
-BATCH = 50  # rows answered at once
+LIMIT = 200  # >= 1; rows of each kind at most
+BATCH = 50  # >= 1; rows answered at once
 
 
 def answers(model, rows, max_new, batch):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The toy from data to 4DRL: imagery and its controls, three seeds, and the means that README.md reports.
+# The toy from data to 4DRL: imagery and its controls, three seeds, and the means over them.
 #
 #     bash tools/recipe_toy.sh             # everything: some hours on two cores
 #     TRIAL=1 bash tools/recipe_toy.sh     # does it run at all? A minute or two, into out/trial
@@ -58,7 +58,12 @@ import json
 import sys
 from pathlib import Path
 
+of_kind = {}
 for file in sorted(Path(sys.argv[1]).glob("*_*/eval*/summary.json")):
     score = json.loads(file.read_text())["scores"]["micro"]
     print(f"{str(file.parent):40} {score['accuracy']:6.1%} of {score['n']}")
+    if file.parent.name == "eval":
+        of_kind.setdefault(file.parts[-3].rpartition("_")[0], []).append(score["accuracy"])
+for kind, scores in of_kind.items():
+    print(f"{kind}: mean of {len(scores)} seeds {sum(scores) / len(scores):.1%}")
 END

@@ -17,16 +17,15 @@ from lib.files import write_json
 from lib.scores import average_over_seeds
 from model import load_model
 
-RUNS = 3  # seeds: SEED, SEED + 1 ...
-TEMPERATURE = 0.7  # above 0, as greedy answers are alike (release)
-TOP_P = 0.9  # share of the probability that is sampled from (release)
+RUNS = 3  # >= 2; seeds: SEED, SEED + 1 ...
+TEMPERATURE = 0.7  # 0 or 0.01 to 100; above 0, as greedy answers are alike (release)
+TOP_P = 0.9  # > 0, <= 1; share of the probability that is sampled from (release)
 
 if __name__ == "__main__":
-    c = override_constants({**vars(evaluate), **globals()})
+    c = override_constants(globals(), base=vars(evaluate))
     evaluate.check_controls(c)
     # the seed also chooses the other videos, orders, noise and latents of the controls
     runs_differ = c.TEMPERATURE > 0 or c.VIDEO or c.LATENTS
-    require(c.RUNS > 1, f"RUNS={c.RUNS}: set it to 2 or more, or run evaluate.py.")
     require(runs_differ, f"RUNS={c.RUNS} needs a TEMPERATURE above 0, as greedy answers are alike.")
     rank, world, device = init_distributed()
     rows = evaluate.load_questions(c, rank, world)

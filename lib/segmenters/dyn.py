@@ -19,6 +19,8 @@ def read_mask(packed, number):
     counts = np.diff(packed[f"f_{number}_indptr"])
     rows = np.repeat(np.arange(len(mask)), counts)
     columns = packed[f"f_{number}_indices"]
+    if (counts < 0).any() or (columns < 0).any():
+        raise ValueError(f"dyn_masks.npz: the mask of frame {number} has a negative place")
     mask[rows, columns] = packed[f"f_{number}_data"] > 0
     return mask
 

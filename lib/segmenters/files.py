@@ -1,7 +1,20 @@
 """SEGMENTER="files": masks are images that were made elsewhere, white where the object is."""
 
 import numpy as np
-from PIL import Image
+
+from lib.pictures import BadImage, read_image
+
+
+def read_mask(path, size):
+    """A mask image of any encoding -> (H, W) bool at the size (W, H), as a viewer shows it on black.
+
+    BadImage where it is dark but not empty, such as a mask of 0 and 1: then "no object" would be wrong.
+    """
+    image = read_image(path, background=(0, 0, 0)).convert("L")
+    brightest = image.getextrema()[1]
+    if 0 < brightest <= 127:
+        raise BadImage(f"{path} is {brightest} of 255 at its brightest; a mask is white where the object is")
+    return np.asarray(image.resize(size)) > 127
 
 
 def masks(frames, phrase, files, weights):
@@ -10,6 +23,5 @@ def masks(frames, phrase, files, weights):
     found = np.zeros(frames.shape[:3], bool)
     for number, path in enumerate(files):
         if path.exists():
-            image = Image.open(path).convert("L").resize((width, height))
-            found[number] = np.asarray(image) > 127
+            found[number] = read_mask(path, (width, height))
     return found
