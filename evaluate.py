@@ -541,7 +541,7 @@ def evaluate(model, rows, out=None, settings=None, limit=0, resume=True, rank=0,
     summary["settings"] = run
     summary["left_out"] = skipped
     if skipped:
-        summary["scores"]["micro"]["note"] = f"{len(skipped)} left out: no video"
+        summary["scores"]["micro"]["note"] = f"{len(skipped)} left out: no video, or a bad row"
     if out and rank == 0:
         save_results(out, done)
         write_json(out / "summary.json", summary)

@@ -865,12 +865,17 @@ def collect(results):
     """[Result] -> {split: drafts}, {reason: examples, one for each time}, Counter of timings."""
     # a split is there even if it got no rows, which is an error later
     drafts, dropped, timings = {}, {}, Counter()
+    counted = set()
     for result in results:
         drafts.setdefault(result.job.split, []).extend(result.drafts)
+        timings.update(result.timings)
+        # the only video of a folder is in both splits, and counts once
+        if result.job.path and result.job.path in counted:
+            continue
+        counted.add(result.job.path)
         example = result.job.path or result.job.split
         for reason, count in result.dropped.items():
             dropped.setdefault(reason, []).extend(example for _ in range(count))
-        timings.update(result.timings)
     return drafts, dropped, timings
 
 

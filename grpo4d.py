@@ -22,6 +22,7 @@ Differs from the paper:
 - the format reward asks for imagery, the parser is strict (ours)
 """
 
+import gc
 import random
 import re
 import time
@@ -360,6 +361,7 @@ if __name__ == "__main__":
     first = reference if source == begun else load_model(begun, device, fast=c.FAST)
     before = score_files(first, held_out, Path(c.OUT) / "before", scoring)
     del first
+    gc.collect()
 
     for step in range(run.start, c.STEPS):
         began = time.time()

@@ -538,7 +538,7 @@ def generate(model, samples, max_new, vision=None, temperature=0.0, top_p=1.0, g
     # one uniform number for each token of each answer, so that batch-mates do not change a sample
     uniform = torch.zeros(B, max_new, device=device)
     if temperature > 0:
-        draws = [torch.rand(max_new, generator=g, dtype=torch.float64) for g in generators]
+        draws = [torch.rand(max_new, generator=g, dtype=torch.float64, device="cpu") for g in generators]
         uniform = torch.stack(draws).to(device)  # (B, max_new)
 
     # The state of each row: how many latents it still has to read. 0: the block's end is due. -1: outside.

@@ -18,6 +18,7 @@ from lib.files import replace_folder, to_jsonl, write_text
 from lib.loading import EXTRA, MOMENTS, list_checkpoints, read_tensors, remedy_for, step_of
 from lib.safety import take_lock
 
+KEPT = 2  # checkpoints of a run that stay
 RESULTS = ("eval", "before", "after")  # folders of scores that training writes beside its checkpoints
 
 
@@ -47,7 +48,7 @@ def newest_checkpoint(path):
     return folders[-1]
 
 
-def save_checkpoint(out, step, model, record, optimizer=None, keep=2):
+def save_checkpoint(out, step, model, record, optimizer=None, keep=KEPT):
     """Writes out/step_000500/: weights, tokenizer (save_pretrained layout), config.json, AdamW's moments.
 
     record: the run's constants, kept in config.json under `run`. Written under a temporary name, then
@@ -87,7 +88,8 @@ def save_checkpoint(out, step, model, record, optimizer=None, keep=2):
 
 def remove_old_checkpoints(out, newest, keep):
     """Deletes all but the `keep` checkpoints up to the newest; a later step is of a run that was left."""
-    folders = list_checkpoints(out)
+    # one that a user renamed has no step, and stays
+    folders = [folder for folder in list_checkpoints(out) if step_of(folder) >= 0]
     kept = [folder for folder in folders if step_of(folder) <= step_of(newest)][-keep:]
     for folder in folders:
         if folder not in kept:
@@ -303,7 +305,8 @@ def open_run(out, resume, constants, kept, rows=None):
     is_folder = out.is_dir() or not out.exists()
     require(is_folder, f"OUT={out} is a file; set OUT to a folder.")
     require_own_folder(out, kept)
-    if is_rank0():
+    # a new folder is not made, and so not locked, before all else is known to be right
+    if is_rank0() and out.is_dir():
         take_lock(out)
         remove_leftovers(out)
     content = {"data_content": fingerprint(rows)} if rows else {}
@@ -332,14 +335,18 @@ def list_of(value):
 
 
 def clear_run(run, unfinished, results):
-    """Rank 0: removes what a new run must not find, and cuts the log to the steps that are done.
+    """Rank 0: locks OUT, removes what a new run must not find, and cuts the log to the steps that are done.
 
     unfinished: whether steps are still to come, which outdate the folder of results.
     """
     if is_rank0():
+        take_lock(run.out)
         outdated = sorted(run.out.glob("step_*")) if run.start == 0 else []
         if unfinished:
             outdated.append(run.out / results)
         for folder in outdated:
             remove_folder(folder)
+        # a kill may have come between writing a checkpoint and removing an old one
+        if run.folder:
+            remove_old_checkpoints(run.out, run.folder, KEPT)
         write_text(run.log, to_jsonl(run.entries))

@@ -52,6 +52,14 @@ def quote(value):
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
 
 
+def quote_path(path):
+    """A path as a sentence repeats it: of a long one the end, which tells most."""
+    text = str(path)
+    if len(text) <= QUOTED:
+        return quote(text)
+    return f"...{quote(text[3 - QUOTED :])}"
+
+
 def require_choice(name, value, choices):
     """Ends the program unless the constant's value is one of the choices."""
     known = ", ".join(choice or '""' for choice in choices)

@@ -101,6 +101,10 @@ def distance_label(distances):
 
 def motion_labels(shift, distances):
     """Way (3,) as above, true distances (T,) -> {"direction": label, "distance": label}, None if unclear."""
+    ratios = np.asarray(distances) / max(distances[0], 1e-9)
+    # a comparison with NaN is false, which would say "stands still" or "not steady"
+    if not (np.isfinite(shift).all() and np.isfinite(ratios).all()):
+        return {"direction": None, "distance": None}
     return {"direction": direction_label(shift), "distance": distance_label(distances)}
 
 

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.command_line import quote, require
+from lib.command_line import quote, quote_path, require
 
 PLACEHOLDER = "<output_image>"  # in a row's text_output: here stands an overlay
 LETTERS = "ABCDEF"  # of options
@@ -50,7 +50,7 @@ def read_rows(path, limit=None, with_answers=False):
     """
     path = Path(path)
     there = os.path.isfile(path)
-    require(there, f"There is no file {quote(str(path))}; make it with generate_data.py or set DATA.")
+    require(there, f"There is no file {quote_path(path)}; make it with generate_data.py or set DATA.")
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip() or len(rows) == limit:
@@ -229,7 +229,7 @@ def find_file(name, folder, source):
     for candidate in (name, f"{folder}/{name}", f"{folder}/{without_root}"):
         if os.path.isfile(candidate):
             return os.path.abspath(candidate)
-    sys.exit(f"{source}: there is no file {quote(name)}, neither as written nor beside {folder}.")
+    sys.exit(f"{source}: there is no file {quote_path(name)}, neither as written nor beside {folder}.")
 
 
 @functools.lru_cache(2)

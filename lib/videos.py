@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lib.command_line import quote, require
+from lib.command_line import quote_path, require
 from lib.distributed import all_gather_list, is_rank0
 from lib.files import UNFINISHED, evenly_spaced, keep_first
 
@@ -34,7 +34,8 @@ def decode_frames(path, fps=1.0, most=None, indexes=None):
     that the file cannot be used.
     """
     require_decord()
-    reader = import_module("decord").VideoReader(str(path))
+    # decord decodes ahead of what is asked; with one thread that is least, and is given back at the end
+    reader = import_module("decord").VideoReader(str(path), num_threads=1)
     times = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(float)
     if indexes is None:
         indexes = shown_frames(times, fps)
@@ -87,7 +88,7 @@ def frames_on_disk(video, cache, fps, most):
     A folder counts as a video of its frame_* images, 1 / fps seconds apart (Dyn-Bench, which has no times).
     """
     path = Path(video)
-    shown = quote(str(path))
+    shown = quote_path(path)
     if os.path.isdir(path):
         images = [(str(image), number / fps) for number, image in enumerate(list_images(path))]
         return evenly_spaced(images, most), "" if images else f"{shown} holds no frame_*"

@@ -60,7 +60,7 @@ def train(thinker, model, rank, world):
     thinker.train()
     for number, sample in enumerate(mine, 1):
         batch = vision.prepare(collate([sample], thinker.token_id["pad"]))
-        with no_sync(model, skip=number < len(mine)):
+        with no_sync(model, when=number < len(mine)):
             loss, _ = dift_loss(*model(batch), n_text, n_latent, 1.0, 0.3)
             (loss * world).backward()
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(thinker.parameters(), 0.5))
@@ -154,7 +154,7 @@ def test_one_process_changes_nothing(tiny, capsys):
     model = load_model(tiny / "base", K=4, pooling="grid")
     for kind in ("ddp", "fsdp"):
         assert wrap_parallel(model, kind, torch.device("cpu")) is model
-    with whole_weights(model), no_sync(model, skip=True):
+    with whole_weights(model), no_sync(model, when=True):
         pass
     x = torch.arange(3.0)
     assert full_tensor(x) is x and shard_like(x, x) is x

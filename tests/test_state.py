@@ -1,8 +1,8 @@
-"""What stays on disk: killed, locked, full, foreign and damaged folders; nothing is lost, all is said in a line.
+"""What stays on disk: killed, locked, full, foreign and damaged folders; nothing is lost without a word.
 
-The kill test ends a stage at chosen operations on its folder: before, and in the middle of, each write, rename
-and removal. The same command must then go on to the same bytes. CI takes some of them; all of them, about ten
-minutes: KILLS=all pytest tests/test_state.py -k killed -s
+The kill test ends a stage at chosen operations on its folder: before, and in the middle of, each write,
+rename and removal. The same command must then go on to the same bytes. CI takes some of them; all, in some
+twenty minutes: KILLS=all pytest tests/test_state.py -k killed_stage -s
 """
 
 import errno
@@ -27,7 +27,6 @@ from safetensors.torch import load_file, save_file
 import lib.jobs
 import lib.videos
 from lib.checkpoints import Run, fingerprint, load_optimizer, newest_checkpoint, open_run, save_checkpoint
-from lib.command_line import require
 from lib.files import append_jsonl, read_json, read_jsonl, remove_folder, remove_leftovers, write_json
 from lib.files import write_text
 from lib.rows import read_rows
@@ -211,7 +210,7 @@ def test_a_broken_gradient_stops_a_run_before_anything_is_saved(
 def test_a_broken_loss_or_weight_is_never_written(tiny, tmp_path):
     run = Run(tmp_path, 0, None, {}, tmp_path / "log.jsonl")
     for entry in ({"loss": math.nan, "ce": math.nan}, {"loss": -math.inf}, {"loss": 1.0, "gnorm": math.inf}):
-        refused(lambda: run.write({"step": 7, **entry}), "step 7", "no checkpoint was written")
+        refused(partial(run.write, {"step": 7, **entry}), "step 7", "no checkpoint was written")
     run.write({"step": 7, "loss": 1.0, "retrieval": None, "kl": math.inf})
     model = load_model(tiny / "base", K=4, pooling="grid")
     kept = save_checkpoint(tmp_path, 1, model, {})
@@ -234,7 +233,7 @@ def test_training_leaves_a_foreign_folder_alone(name, resume, tiny, world, tmp_p
     file.write_text('{"mine": 1}')
     for stage in ("dift", "grpo4d"):
         words = [*command(stage, tiny, world, tmp_path / "out"), f"RESUME={resume}"]
-        refused(lambda: run_stage(stage, words), "was not written by this script", "set another OUT")
+        refused(partial(run_stage, stage, words), "was not written by this script", "set another OUT")
     assert file.read_text() == '{"mine": 1}'
 
 
@@ -328,7 +327,7 @@ def test_errors_of_the_system_are_a_sentence():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_full_disk_is_one_line(stage, tiny, world, tmp_path):
-    """No file may become longer than 300 bytes, as on a full disk; then there is room, and the run goes on."""
+    """No file may grow beyond 300 bytes, as on a full disk; then there is room, and the run goes on."""
     out = tmp_path / "out"
     script = [sys.executable, str(ROOT / f"{stage}.py"), *command(stage, tiny, world, out)]
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (300, 300))
@@ -649,4 +648,4 @@ def test_files_appear_whole_and_leftovers_go(tmp_path, monkeypatch):
     (tmp_path / "a.json.0123.tmp").write_text("half")
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "log.jsonl"]
-    require(read_results(tmp_path / "none.jsonl") == {}, "no file, no results")
+    assert read_results(tmp_path / "none.jsonl") == {}
