@@ -30,7 +30,8 @@ import evaluate
 from lib.checkpoints import clear_run, linear_warmup_decay, load_optimizer, open_run
 from lib.command_line import override_constants, require
 from lib.distributed import all_reduce_sum, autocast, barrier, end_distributed, full_tensor
-from lib.distributed import init_distributed, no_sync, print0, whole_weights, wrap_parallel
+from lib.distributed import init_distributed, no_sync, print0, require_shares
+from lib.distributed import whole_weights, wrap_parallel
 from lib.fast import checkpoint_layers
 from lib.log import add_sums, describe_sample, is_due, print_header, weighted_terms
 from lib.rows import read_rows, rows_of_step, with_keys
@@ -193,8 +194,7 @@ def log_line(entry, terms, steps, weights):
 if __name__ == "__main__":
     c = override_constants(globals())
     rank, world, device = init_distributed()
-    divides = c.GLOBAL_BATCH % world == 0
-    require(divides, f"GLOBAL_BATCH={c.GLOBAL_BATCH} is not a multiple of the {world} processes.")
+    require_shares(c.GLOBAL_BATCH, world)
 
     # data: the toy world is made where there is none
     train_file, test_file = split_files(c.DATA, c.COT)
@@ -266,7 +266,7 @@ if __name__ == "__main__":
         optimizer.zero_grad(set_to_none=True)
         thinker.eval()
 
-        # log
+        # the step's sums over all devices; those over latents become means
         entry = {"step": step + 1, **all_reduce_sum(sums, device)}
         for name in ("cosine", "norm_fed", "norm_true"):
             entry[name] /= max(1, counts["latent"])

@@ -36,7 +36,7 @@ from lib.checkpoints import clear_run, linear_warmup_decay, load_optimizer, newe
 from lib.checkpoints import open_run, share_vision
 from lib.command_line import override_constants, require
 from lib.distributed import all_reduce_sum, autocast, end_distributed, full_tensor, init_distributed
-from lib.distributed import no_sync, print0, whole_weights, wrap_parallel
+from lib.distributed import no_sync, print0, require_shares, whole_weights, wrap_parallel
 from lib.fast import checkpoint_layers
 from lib.log import add_sums, answer_sums, compare_table, is_due, padding_sums, print_header
 from lib.log import show_answer, to_means, weighted_terms
@@ -297,8 +297,7 @@ def token_sums(loss, logp, ratio, divergence, epsilon):
 
 def check_constants(c, world):
     """Ends the program with one sentence on constants that do not go together."""
-    divides = c.GLOBAL_BATCH % world == 0
-    require(divides, f"GLOBAL_BATCH={c.GLOBAL_BATCH} is not a multiple of the {world} processes.")
+    require_shares(c.GLOBAL_BATCH, world)
     has_cache = c.PREFIX == "rows" or not c.CHECKPOINTING
     require(has_cache, "CHECKPOINTING=True drops all caches, which PREFIX=shared needs; set PREFIX=rows.")
 

@@ -459,7 +459,9 @@ class Thinker(nn.Module):
         mode.
         """
         if self.training:
-            raise RuntimeError("Call eval() first: activation checkpointing drops the cache and the imagery.")
+            raise RuntimeError(
+                "Prompts are read in evaluation mode: checkpointing would drop the cache and the imagery."
+            )
         rows, T = batch.ids.shape
         cache = self.new_cache()
         last = torch.arange(1, rows + 1, device=self.device) * T - 1  # each row's last place

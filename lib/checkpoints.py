@@ -38,13 +38,12 @@ def newest_checkpoint(path):
     if (path / "config.json").is_file():
         return path
     folders = list_checkpoints(path)
-    # what looks like a name on the hub, and is no folder of a run that is still to come
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists()
-    if is_name and path.parts[0] != "out":
+    remedy = "train one with dift.py or set MODEL"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.exists():
         command = f"hf download {path} --local-dir {path.name}"
-        need = f"There is no folder {path}, and MODEL must be a folder"
-        require(False, f"{need}; download the model with `{command}` and set MODEL={path.name}.")
-    require(folders, f"{path} holds no config.json and no step_*/; train one with dift.py or set MODEL.")
+        hub = f"if this is a name on the hub, run `{command}` and set MODEL={path.name}"
+        remedy = f"MODEL must be a folder: train one with dift.py, or, {hub}"
+    require(folders, f"{path} holds no config.json and no step_*/; {remedy}.")
     return folders[-1]
 
 

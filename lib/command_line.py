@@ -107,15 +107,10 @@ def parse_constant(key, text, default):
         is_text = "\0" not in text
         require(is_text, f"{shown} holds a NUL character; leave it out.")
         return os.path.expanduser(text) if re.match("~(/|$)", text) else text
+    # what is no literal, or a very deep one, stays text
     try:
         value = ast.literal_eval(text)
-    except (
-        ValueError,
-        SyntaxError,
-        TypeError,
-        MemoryError,
-        RecursionError,
-    ):  # no literal, or a very deep one
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
     if isinstance(default, float) and type(value) is int and abs(value) <= LARGEST:
         value = float(value)

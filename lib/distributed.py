@@ -52,6 +52,12 @@ def end_distributed():
         time.sleep(0.5)
 
 
+def require_shares(global_batch, world):
+    """Ends the program unless a step's rows can be dealt out evenly to the processes."""
+    divides = global_batch % world == 0
+    require(divides, f"GLOBAL_BATCH={global_batch} is not a multiple of the {world} processes.")
+
+
 def is_rank0():
     """Whether this is the process that prints and writes."""
     return not dist.is_initialized() or dist.get_rank() == 0

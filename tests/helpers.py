@@ -115,6 +115,16 @@ def lively(folder, K=4, pooling="grid", **settings):
     return model
 
 
+def imaginative(folder):
+    """The lively network, such that it often imagines and sometimes ends its turn."""
+    model = lively(folder)
+    model.config.latent_norm = 6.0
+    with torch.no_grad():
+        for name in ("latent_start", "im_end"):  # longer rows of the tied table: likelier at some places
+            model.qwen.get_input_embeddings().weight[model.token_id[name]] *= 4
+    return model
+
+
 def run_script(monkeypatch, name, *words):
     """Runs a script in this process as `python name KEY=value ...` would."""
     monkeypatch.setattr(sys, "argv", [name, *(str(word) for word in words)])

@@ -11,19 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from lib.checkpoints import clear_run, load_optimizer, newest_checkpoint, open_run, save_checkpoint
-from lib.rows import read_rows
 from model import SUFFIX, VisionCache, collate, encode_row, load_model
-
-
-@pytest.fixture(scope="module")
-def rows(tiny):
-    return read_rows(tiny / "data" / "train_imagery.jsonl")
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    """The lively network; tests that change it make their own."""
-    return lively(tiny)
 
 
 @pytest.fixture(scope="module")

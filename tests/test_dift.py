@@ -25,15 +25,10 @@ from dift import dift_loss, latent_sums, log_line, micro_batches, split_files
 from lib import distributed
 from lib.checkpoints import linear_warmup_decay, newest_checkpoint
 from lib.images import load_patches
-from lib.rows import order_of_epoch, read_rows, rows_of_step
+from lib.rows import order_of_epoch, rows_of_step
 from model import VisionCache, collate, encode_row, load_model
 
 STEP_FIELDS = "loss ce sim norm_fed norm_true gnorm lr latents tokens".split()
-
-
-@pytest.fixture(scope="module")
-def rows(tiny):
-    return read_rows(tiny / "data" / "train_imagery.jsonl")
 
 
 # ---------------------------------------------------------------- Eq. 7

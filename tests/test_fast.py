@@ -19,15 +19,9 @@ from transformers.cache_utils import DynamicLayer
 from dift import dift_loss
 from lib import fast
 from lib.images import load_patches
-from lib.rows import read_rows
 from model import Sample, Thinker, VisionCache, collate, encode_row, generate, load_model, token_log_probs
 
 METHODS = ("text", "log_probs", "new_cache", "embed_tokens")
-
-
-@pytest.fixture(scope="module")
-def rows(tiny):
-    return read_rows(tiny / "data" / "train_imagery.jsonl")
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])

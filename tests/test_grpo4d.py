@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, forget_last, lively, make_world, refused, run_script, two_processes
+from helpers import ROOT, forget_last, imaginative, make_world, refused, run_script, two_processes
 from safetensors.torch import load_file
 
 import evaluate
@@ -34,11 +34,7 @@ UNLIKE = (*TIMES, "padding")  # of two runs whose steps are the same
 def world(tiny, tmp_path_factory):
     """dift/: a network that often imagines and sometimes ends; other/: one near it; rl.jsonl, held.jsonl."""
     folder = tmp_path_factory.mktemp("grpo4d")
-    model = lively(tiny)
-    model.config.latent_norm = 6.0
-    with torch.no_grad():
-        for name in ("latent_start", "im_end"):  # longer rows of the tied table: likelier at some places
-            model.qwen.get_input_embeddings().weight[model.token_id[name]] *= 4
+    model = imaginative(tiny)
     save_checkpoint(folder / "dift", 1, model, {})
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():

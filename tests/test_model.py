@@ -15,20 +15,8 @@ import model as model_py
 from dift import dift_loss
 from lib.checkpoints import load_optimizer, save_checkpoint
 from lib.images import load_patches
-from lib.rows import read_rows
 from model import Completion, Sample, Thinker, VisionCache, collate, encode_row, generate, load_model
 from model import pair_seconds, pool_latents, rope_positions, sample_token
-
-
-@pytest.fixture(scope="module")
-def rows(tiny):
-    return read_rows(tiny / "data" / "train_imagery.jsonl")
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    """The lively network; tests that change it make their own."""
-    return lively(tiny)
 
 
 def batch_of(model, rows, keep=True):

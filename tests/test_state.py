@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, lively, make_world, one_thread, refused, run_script, two_processes
+from helpers import ROOT, imaginative, make_world, one_thread, refused, run_script, two_processes
 from safetensors.torch import load_file, save_file
 
 import lib.jobs
@@ -44,11 +44,7 @@ STAGES = ("generate_data", "dift", "grpo4d", "evaluate")
 def world(tiny, tmp_path_factory):
     """A checkpoint that often imagines, and a few 4DRL rows."""
     folder = tmp_path_factory.mktemp("state")
-    model = lively(tiny)
-    model.config.latent_norm = 6.0
-    with torch.no_grad():
-        for name in ("latent_start", "im_end"):
-            model.qwen.get_input_embeddings().weight[model.token_id[name]] *= 4
+    model = imaginative(tiny)
     save_checkpoint(folder / "start", 1, model, {})
     lines = []
     for index, row in enumerate(read_rows(tiny / "data" / "train_imagery.jsonl")):
