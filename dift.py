@@ -16,7 +16,7 @@ Differs from the paper:
 - with MATCH_NORM hidden states are fed back with the norm of the targets they were trained to be (ours)
 """
 
-import math
+import random
 import subprocess
 import sys
 import time
@@ -33,7 +33,7 @@ from lib.distributed import all_reduce_sum, autocast, barrier, end_distributed, 
 from lib.distributed import init_distributed, no_sync, print0, require_shares
 from lib.distributed import whole_weights, wrap_parallel
 from lib.fast import checkpoint_layers
-from lib.log import add_sums, describe_sample, is_due, print_header, weighted_terms
+from lib.log import add_sums, describe_sample, is_due, log_line, print_header
 from lib.rows import read_rows, rows_of_step, with_keys
 from model import VisionCache, collate, encode_row, load_model
 
@@ -64,6 +64,10 @@ WEIGHT_DECAY = 0.01  # 0 to 1e3; (release)
 CLIP = 1.0  # > 0; largest norm of the gradient (release)
 W_CE = 1.0  # >= 0; weight of the text loss in Eq. 7 (release: 0.1)
 W_SIM = 0.3  # >= 0; weight of the imagery loss in Eq. 7 (release: 1.0)
+# --- ablations
+IMAGERY = "latents"  # latents | markers | pause: a block is its delimiters alone, or pads not learned (ours)
+BOTTLENECK = 0.0  # 0 to 1; share of rows whose text after the first imagery does not look at the video (ours)
+SELF_FED = 0.0  # 0 to 1; share of rows that read their own imagined latents in training (ours)
 # --- logging
 LOG_EVERY = 20  # >= 0; steps between printed lines, 0: the last alone; every step goes to the log file
 EVAL_EVERY = 500  # >= 0; steps between looks at retrieval@1 on 64 held-out rows; 0: never
@@ -79,7 +83,7 @@ SEED = 0  # >= 0; of the data order
 # a run goes on only with the same values of these
 kept_on_resume = (
     "MODEL DATA COT MAX_PIXELS MIN_PIXELS SECONDS_PER_PAIR SUFFIX K POOLING MATCH_NORM "
-    "GLOBAL_BATCH LR WARMUP BETA2 WEIGHT_DECAY CLIP W_CE W_SIM SEED"
+    "IMAGERY BOTTLENECK SELF_FED GLOBAL_BATCH LR WARMUP BETA2 WEIGHT_DECAY CLIP W_CE W_SIM SEED"
 ).split()
 
 
@@ -148,14 +152,13 @@ def make_toy_data(data, test_file, rank):
     barrier()
 
 
-def micro_batches(model, vision, rows, size, rank=0, world=1):
-    """The rows of a step -> micro-batches of this process, and the step's counts on all devices.
+def micro_batches(samples, vision, pad_id, size, rank=0, world=1):
+    """The samples of a step -> micro-batches of this process, and the step's counts on all devices.
 
     Sorted by length before they are dealt out and cut, so that little is padding: of lengths 1 to 8 in
     micro-batches of 2 the first of two processes has 1 3 | 5 7.
     """
-    samples = [encode_row(model, row) for row in rows]
-    samples.sort(key=lambda sample: len(sample.ids))
+    samples = sorted(samples, key=lambda sample: len(sample.ids))
     counts = {"text": 0, "latent": 0, "real": 0}
     for sample in samples:
         counts["text"] += int(sample.is_text.sum())
@@ -165,30 +168,9 @@ def micro_batches(model, vision, rows, size, rank=0, world=1):
     mine = samples[rank::world]
     batches = []
     for start in range(0, len(mine), size):
-        batch = collate(mine[start : start + size], model.token_id["pad"])
+        batch = collate(mine[start : start + size], pad_id)
         batches.append(vision.prepare(batch))
     return batches, counts
-
-
-# ---------------------------------------------------------------- log
-
-
-def log_line(entry, terms, steps, weights):
-    """One step as a line of the log; terms: names of the parts of the loss, weights: {name: weight}."""
-    retrieval = math.nan if entry["retrieval"] is None else entry["retrieval"]
-    rate = entry["tokens"] / entry["seconds"] / 1e3
-    cells = [
-        f"step {entry['step']:5d}/{steps}",
-        f"loss {entry['loss']:.4f} = {weighted_terms(entry, terms, weights)}",
-        f"cosine {entry['cosine']:.2f}",
-        f"retrieval {retrieval:.2f}",
-        f"gnorm {entry['gnorm']:.2f}",
-        f"lr {entry['lr']:.1e}",
-        f"latents {entry['latents']:.1f}",
-        f"{entry['seconds']:.2f} s",
-        f"{rate:.1f}k tok/s",
-    ]
-    return " | ".join(cells)
 
 
 if __name__ == "__main__":
@@ -207,7 +189,8 @@ if __name__ == "__main__":
     run = open_run(c.OUT, c.RESUME, vars(c), kept_on_resume, rows)
     parent = run.folder or c.MODEL
     pixels = {"min_pixels": c.MIN_PIXELS, "max_pixels": c.MAX_PIXELS, "seconds_per_pair": c.SECONDS_PER_PAIR}
-    thinker = load_model(parent, device, c.K, c.POOLING, c.SUFFIX, c.FAST, **pixels)
+    K = 0 if c.IMAGERY == "markers" else c.K
+    thinker = load_model(parent, device, K, c.POOLING, c.SUFFIX, c.FAST, imagery=c.IMAGERY, **pixels)
     if c.CHECKPOINTING:
         checkpoint_layers(thinker.qwen)
     model = wrap_parallel(thinker, c.PARALLEL, device)
@@ -232,8 +215,13 @@ if __name__ == "__main__":
 
     def prepare(step):
         """The micro-batches and counts of a step."""
-        step_rows = [rows[index] for index in rows_of_step(step, len(rows), c.GLOBAL_BATCH, c.SEED)]
-        return micro_batches(thinker, vision, step_rows, c.MICRO_BATCH, rank, world)
+        samples = []
+        for place, index in enumerate(rows_of_step(step, len(rows), c.GLOBAL_BATCH, c.SEED)):
+            draws = random.Random(f"{c.SEED} {step} {place}")
+            blind = draws.random() < c.BOTTLENECK
+            self_fed = draws.random() < c.SELF_FED
+            samples.append(encode_row(thinker, rows[index], blind=blind, self_fed=self_fed))
+        return micro_batches(samples, vision, thinker.token_id["pad"], c.MICRO_BATCH, rank, world)
 
     thread = ThreadPoolExecutor(1)
     next_step = None
@@ -257,7 +245,7 @@ if __name__ == "__main__":
                         logp, imagined, targets, counts["text"], counts["latent"], c.W_CE, c.W_SIM
                     )
                 (loss * world).backward()  # DDP takes the mean over processes, Eq. 7 the sum
-            add_sums(sums, {"loss": loss, **terms, **latent_sums(imagined, targets, c.K)})
+            add_sums(sums, {"loss": loss, **terms, **latent_sums(imagined, targets, K)})
             add_sums(sums, {"places": batch.ids.numel()})
 
         # step
@@ -273,7 +261,8 @@ if __name__ == "__main__":
 
         # MATCH_NORM: at inference Thinker.feedback scales hidden states to the norm of this step's targets
         if counts["latent"]:
-            thinker.config.latent_norm = entry["norm_true"] if c.MATCH_NORM else None
+            norm = entry["norm_true"] if c.MATCH_NORM else 0
+            thinker.config.latent_norm = norm or None
 
         # retrieval at times, the log, a checkpoint
         if test_rows and counts["latent"] and c.EVAL_EVERY and (step + 1) % c.EVAL_EVERY == 0:

@@ -416,8 +416,7 @@ def answer(model, rows, batch, settings, truth, vision=None):
         donors = [choose_other(rows, i, settings.seed) for i in batch]
         plain = dataclasses.replace(settings, latents="")
         tables = [result.latents for result in answer(model, rows, donors, plain, truth, vision)]
-    pad = model.qwen.get_input_embeddings().weight[model.token_id["latent_pad"]]
-    feed = make_feed(settings.latents, batch, tables, pad, model.K, settings.seed)
+    feed = make_feed(settings.latents, batch, tables, model.pad_embedding(), model.K, settings.seed)
 
     # an answer depends on the seed and the question, not on its batch-mates
     generators = []

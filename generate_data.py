@@ -52,6 +52,7 @@ from lib.footage import describe_error, list_segmenters, list_videos, load_segme
 from lib.footage import read_shots
 from lib.geometry import centroid_and_area, describe_location, mask_box, object_labels
 from lib.jobs import Job, Result, add_timing, print_rates, read_record, run_jobs, take_timings
+from lib.look_alikes import draw_look_alikes
 from lib.safety import release_lock, report_errors, take_lock
 from lib.spatialvid import camera_segments, read_caption
 from lib.tables import read_table
@@ -70,7 +71,12 @@ RL_TEST_CLIPS = 250  # >= 0; clips of rl_test.jsonl (ours)
 P_OBJECT_CLIP = 0.6  # 0 to 1; share of clips asked about objects (rl: both), others about the camera (ours)
 P_CAMERA = (0.45, 0.35, 0.20)  # 0 to 1, sum 1; camera clips: one movement, two at once, two segments (ours)
 P_OBJECT = (0.2, 0.3)  # 0 to 1; object clips: the camera moves too; two moving objects (ours)
+P_FOLLOW = 0.35  # 0 to 1; share of clips with four look-alikes that change places, for any split (ours)
 P_ASKED = (0.15, 0.15, 0.15)  # 0 to 1; moving objects: distance, not direction; a box; speed too (ours)
+EXCHANGES = (1, 4)  # 0 to 20, rising; fewest and most exchanges of look-alikes in train and test clips (ours)
+RL_EXCHANGES = (3, 4)  # 0 to 20, rising; the same in rl clips (ours)
+EXCHANGE = 6  # 2 to 100; frames of one exchange; each frame pair has a key frame (ours)
+FOLLOWED = (2, 4)  # 1 to 4, any order; look-alikes asked about of a train clip, of any other (ours)
 OVERLAYS = (2, 3)  # >= 2, rising; fewest and most of a moving object, its ends always in (paper: 2 to 5)
 # toy world
 SIZE = 56  # 8 to 4096; side of a square frame, pixels (ours)
@@ -363,7 +369,9 @@ def make_row(rng, clip, subtask, thing, keyframes, options, name):
     options: 4 texts, the truth first. Each step of the reasoning ends with a placeholder for an overlay.
     """
     # The question, with times and sizes in its phrase and its options in random order.
-    kind = "camera" if subtask.startswith("camera") else subtask.split("_")[1]
+    family, kind = subtask.split("_")
+    if family in ("camera", "follow"):
+        kind = family
     phrases = vocabulary.phrases_for(kind)
     label = options[0]
     height, width = clip.frames.shape[1:3]
@@ -380,6 +388,8 @@ def make_row(rng, clip, subtask, thing, keyframes, options, name):
     thought += pick_phrase(rng, phrases["end"], thing=thing, label=label)
     row = base_row(clip, name, question, thought, f"{key}. {label}", subtask)
     row["image_output"] = [overlay_name(clip, thing, t) for t in keyframes]
+    row["overlay_frames"] = list(keyframes)  # ours: which frame each overlay shows, and which thing
+    row["overlay_things"] = [thing for _ in keyframes]
 
     # What the verbal form says in place of each overlay.
     locations = []
@@ -434,6 +444,36 @@ def object_rows(rng, clip, overlays):
     return drafts
 
 
+def follow_rows(rng, clip, count):
+    """Where are `count` of the look-alikes in the end? Key frames in each frame pair; the last says all.
+
+    The subtask tells how many exchanges moved the thing: follow_0, follow_1, ...
+    """
+    drafts = []
+    keyframes = list(range(1, len(clip.times), 2))
+    for thing in rng.permutation(clip.moving).tolist()[:count]:
+        slots = clip.slots[thing]
+        moved = sum(now != then for now, then in zip(slots, slots[1:]))
+        end = vocabulary.SLOTS[slots[-1]]
+        options = [end, *[slot for slot in vocabulary.SLOTS if slot != end]]
+        name = "follow_" + thing.replace(" ", "-")
+        drafts.append(make_row(rng, clip, f"follow_{moved}", thing, keyframes, options, name))
+    return drafts
+
+
+def rl_row(clip, name, subtask, question, lettered, key):
+    """A question in the release's 4DRL schema: options are fields of their own, and there is no reasoning."""
+    row = {"Type": subtask, "Question": question}
+    row.update(lettered)
+    row["Correct"] = key
+    row["video_path"] = ""
+    row["frame_paths"] = frame_names(clip)
+    row["times"] = clip.times
+    row["clip"] = clip.name
+    row["id"] = f"{clip.name}_{name}"
+    return row
+
+
 def compound_rows(rng, clip, kind):
     """A 4DRL question, answer only: camera and object both move, or one camera movement follows the other."""
     # The two true labels, and options that hold both.
@@ -445,16 +485,17 @@ def compound_rows(rng, clip, kind):
     begin, end = format_seconds(clip.times[0]), format_seconds(clip.times[-1])
     question = pick_phrase(rng, vocabulary.phrases_for(kind)["ask"], thing=thing, a=begin, b=end)
     _, lettered, key = shuffle_options(rng, question, options)
-    # The release's 4DRL schema: options are fields of their own, and there is no chain of thought.
-    row = {"Type": f"compound_{kind}", "Question": question}
-    row.update(lettered)
-    row["Correct"] = key
-    row["video_path"] = ""
-    row["frame_paths"] = frame_names(clip)
-    row["times"] = clip.times
-    row["clip"] = clip.name
-    row["id"] = f"{clip.name}_{kind}"
+    row = rl_row(clip, kind, f"compound_{kind}", question, lettered, key)
     return [Draft(row, options[0])]
+
+
+def rl_follow_rows(rng, clip):
+    """A 4DRL question, answer only: where is one of the look-alikes in the end?"""
+    draft = follow_rows(rng, clip, 1)[0]
+    question, options = draft.row["text_input"].split("\n\n")
+    lettered = dict(line.split(". ", 1) for line in options.splitlines())
+    row = rl_row(clip, "follow", draft.row["subtask"], question, lettered, draft.key)
+    return [Draft(row, draft.label)]
 
 
 def final_row(draft, form):
@@ -470,7 +511,8 @@ def final_row(draft, form):
         text += part
     row = dict(draft.row)
     row["text_output"] = text
-    row["image_output"] = []
+    for name in ("image_output", "overlay_frames", "overlay_things"):
+        row[name] = []
     return row
 
 
@@ -548,20 +590,36 @@ def toy_clip(c, split, number, make_rows=None):
     """
     # The generator is a function of (SEED, split, number), so clips can be made in any order.
     rng = np.random.default_rng([c.SEED, vocabulary.SPLITS.index(split), number])
-    is_about_object = rng.random() < c.P_OBJECT_CLIP
+    kind, default_rows = draw_kind(c, rng, split)
     name = f"{split}_{number:05d}"
-    if split.startswith("rl"):
-        kind = "both" if is_about_object else "sequence"
+    if kind == "follow":
+        exchanges = c.RL_EXCHANGES if split.startswith("rl") else c.EXCHANGES
+        clip = draw_look_alikes(c, rng, name, exchanges)
+    else:
         clip = draw_clip(c, rng, kind, name)
-        return clip, compound_rows(rng, clip, kind), Counter()
-
-    # DIFT clips are asked about objects or about the camera, not about both.
-    kind = "object" if is_about_object else "camera"
-    clip = draw_clip(c, rng, kind, name)
-    if make_rows is None:
-        make_rows = camera_rows if kind == "camera" else partial(object_rows, overlays=c.OVERLAYS)
-    drafts, dropped = make_valid_rows(make_rows, rng, clip)
+    # the validator is for reasoning, which 4DRL rows do not have
+    if split.startswith("rl"):
+        return clip, default_rows(rng, clip), Counter()
+    drafts, dropped = make_valid_rows(make_rows or default_rows, rng, clip)
     return clip, drafts, dropped
+
+
+def draw_kind(c, rng, split):
+    """What a clip of a split is asked about -> its kind, and the function (rng, clip) that makes its rows."""
+    share = rng.random()
+    is_rl = split.startswith("rl")
+    if share < c.P_FOLLOW:
+        followed = c.FOLLOWED[0] if split == "train" else c.FOLLOWED[1]
+        return "follow", rl_follow_rows if is_rl else partial(follow_rows, count=followed)
+
+    # the rest: DIFT clips are asked about objects or about the camera, not about both
+    is_about_object = (share - c.P_FOLLOW) / (1 - c.P_FOLLOW) < c.P_OBJECT_CLIP
+    if is_rl:
+        kind = "both" if is_about_object else "sequence"
+        return kind, partial(compound_rows, kind=kind)
+    if is_about_object:
+        return "object", partial(object_rows, overlays=c.OVERLAYS)
+    return "camera", camera_rows
 
 
 # ---------------------------------------------------------------- clips of real footage

@@ -18,6 +18,7 @@ class Clip:
     camera: list = field(default_factory=list)  # [(first frame, last frame, label)] to be asked about
     facts: dict = field(default_factory=dict)  # {moving thing: {kind of question: label, "" for a box}}
     evidence: dict = field(default_factory=dict)  # {"first->last": fields of that segment's row}
+    slots: dict = field(default_factory=dict)  # look-alikes: {name: its slot at first, after each exchange}
     least_area: float = 0.0  # a smaller mask counts as hidden, share of the frame
     scene: object = None  # toy world only: lib.toy_scenes.Scene
 

@@ -58,6 +58,7 @@ VOCAB = 1024  # >= 300; entries of the tokenizer
 CONFIG = "assets/tiny_network.json"  # the network's shape, below the repository's root
 # --- optimisation
 EYES = (3000, 2000, 2e-3)  # > 0; clips, steps and peak LR of the visual encoder's own training
+PLACE = (0.3, 2.0)  # 0 to 100; what is left of the cells' own features, and of what all others grow to
 FLOW_SIZE = 1.5  # > 0; length of the features that tell the optical flow, per unit of its code
 EYES_BATCH = 16  # >= 1; clips of one of its steps
 STAGES = [  # name, kinds of rows ("plain": far drills of short options), steps, peak LR, supervised
@@ -72,7 +73,9 @@ STAGES = [  # name, kinds of rows ("plain": far drills of short options), steps,
     ("again", "grounding fine cells colour near far options", 300, 1e-3, "all"),
     ("polish", "grounding colour options", 300, 7e-4, "all"),
     ("flow", "", 1500, 3e-3, ""),  # the visual encoder alone
+    ("place", "", 0, 0, ""),  # its last layer, in closed form
     ("settle", "grounding fine cells colour near far options", 200, 1.5e-3, "all"),
+    ("slots", "near far options", 200, 1e-3, "letters"),
     ("last", "grounding colour near far options", 250, 1e-3, "all"),
 ]
 MOST_STEPS = 0  # >= 0; steps of a stage at most, for a trial; 0: as STAGES says
@@ -100,6 +103,7 @@ def data_constants(c):
     data.SEED = c.SEED
     data.WORKERS = c.WORKERS
     data.P_OBJECT_CLIP = 0.5
+    data.P_FOLLOW = 0.0
     return data
 
 
@@ -220,7 +224,7 @@ def drill(rng, near, size):
     """
     question = ["Write labels and find their letters."]
     answer = []
-    labels = [*vocabulary.COLOURS, *vocabulary.MOVES, *vocabulary.DIRECTIONS]
+    labels = [*vocabulary.COLOURS, *vocabulary.MOVES, *vocabulary.DIRECTIONS, *vocabulary.SLOTS]
     gaps = ("", "\n") if near else ("", "\n", ".\n", ".</think>\n<answer>")
     for _ in range(3 if near else 1):
         if near or rng.random() < 0.5:
@@ -549,6 +553,49 @@ def train_flow(parent, out, steps, peak, c, clips):
     save_eyes(model, clips, out)
 
 
+# ---------------------------------------------------------------- place: what all images share
+
+RANK = 6  # directions that the cells' mean features span
+
+
+def place_directions(features, cells):
+    """Features (N, D) of whole frame pairs, `cells` tokens each -> mean (D,), directions (RANK, D), share.
+
+    Directions in which the mean features of the cells differ, whatever they show; share: of the variance
+    that is between the cells' means.
+    """
+    by_cell = features.view(-1, cells, features.shape[1])
+    mean = features.mean(dim=0)
+    between = by_cell.mean(dim=0) - mean  # (cells, D)
+    share = between.pow(2).sum(dim=1).mean() / (features - mean).pow(2).sum(dim=1).mean()
+    _, _, directions = torch.linalg.svd(between, full_matrices=False)
+    return mean, directions[:RANK], share.item()
+
+
+@torch.no_grad()
+def shrink_place(parent, out, c, clips):
+    """Makes what a visual token shows stand out against where it is, in the merger's last layer.
+
+    Most of the variance is a token's place, in few directions. With their projection P, the mean m, and
+    (s, g) of PLACE: W' = g (I - (1 - s) P) W and b' = g (I - (1 - s) P) (b - m).
+    """
+    model = load_eyes(parent)
+    videos = [clip[0] for clip in clips[:300]]
+    t, h, w = videos[0][1]
+    cells = len(videos[0][2]) // t
+    features = features_of(model, videos)
+    mean, directions, before = place_directions(features, cells)
+    left, gain = c.PLACE
+    shrink = torch.eye(len(mean)) - (1 - left) * directions.T @ directions
+    last = model.qwen.model.visual.merger.mlp[2]
+    last.weight.copy_(gain * shrink @ last.weight)
+    last.bias.copy_(gain * shrink @ (last.bias - mean))
+    _, _, after = place_directions(features_of(model, videos), cells)
+    print(f"place | share of the variance between cells: {before:.3f}, now {after:.3f}")
+    model.qwen.save_pretrained(out)
+    model.tokenizer.save_pretrained(out)
+
+
 # ---------------------------------------------------------------- stages
 
 
@@ -601,7 +648,10 @@ def main():
         if not kinds:
             if not (out / name).exists():
                 clips = all_sights(c, data, patching)
-                train_flow(parent, out / f"{name}.part", steps, lr, c, clips)
+                if name == "place":
+                    shrink_place(parent, out / f"{name}.part", c, clips)
+                else:
+                    train_flow(parent, out / f"{name}.part", steps, lr, c, clips)
                 (out / f"{name}.part").rename(out / name)
         elif not (out / name / f"step_{steps:06d}" / "config.json").exists():
             file = out / "rows" / f"stage_{name}.jsonl"
