@@ -40,6 +40,7 @@ from lib.command_line import override_constants, require
 from lib.geometry import bin_word, centroid_and_area, describe_location, project, view_width
 from lib.images import patchify
 from lib.jobs import Job, run_jobs
+from lib.place import place_directions
 from lib.ray_tracer import camera_rays
 from model import PROMPT_END, PROMPT_START, SUFFIX, load_model
 
@@ -554,22 +555,6 @@ def train_flow(parent, out, steps, peak, c, clips):
 
 
 # ---------------------------------------------------------------- place: what all images share
-
-RANK = 6  # directions that the cells' mean features span
-
-
-def place_directions(features, cells):
-    """Features (N, D) of whole frame pairs, `cells` tokens each -> mean (D,), directions (RANK, D), share.
-
-    Directions in which the mean features of the cells differ, whatever they show; share: of the variance
-    that is between the cells' means.
-    """
-    by_cell = features.view(-1, cells, features.shape[1])
-    mean = features.mean(dim=0)
-    between = by_cell.mean(dim=0) - mean  # (cells, D)
-    share = between.pow(2).sum(dim=1).mean() / (features - mean).pow(2).sum(dim=1).mean()
-    _, _, directions = torch.linalg.svd(between, full_matrices=False)
-    return mean, directions[:RANK], share.item()
 
 
 @torch.no_grad()
