@@ -363,6 +363,15 @@ def overlay_name(clip, thing, frame):
     return f"processed_data/{clip.name}/masked_{kind}_overlays/{prefix}{suffix}_f{frame:04d}.jpg"
 
 
+def write_thought(rng, phrases, thing, times, label, gap):
+    """The chain of thought: a step for each keyframe's time, `gap` with the placeholder after it, the label."""
+    thought = ""
+    for number, t in enumerate(times):
+        opening = "open" if number == 0 else "link"
+        thought += pick_phrase(rng, phrases[opening], thing=thing, t=t) + gap
+    return thought + pick_phrase(rng, phrases["end"], thing=thing, label=label)
+
+
 def make_row(rng, clip, subtask, thing, keyframes, options, name):
     """Eq. 4: a question about a clip, whose reasoning imagines `thing` at the keyframes -> Draft.
 
@@ -379,13 +388,7 @@ def make_row(rng, clip, subtask, thing, keyframes, options, name):
     question = pick_phrase(rng, phrases["ask"], thing=thing, a=times[0], b=times[-1], w=width, h=height)
     question, _, key = shuffle_options(rng, question, options)
 
-    # The chain of thought: a step for each keyframe, the overlay's placeholder after it, then the label.
-    thought = ""
-    for number, t in enumerate(times):
-        opening = "open" if number == 0 else "link"
-        step = pick_phrase(rng, phrases[opening], thing=thing, t=t)
-        thought += f"{step} {lib.rows.PLACEHOLDER} "
-    thought += pick_phrase(rng, phrases["end"], thing=thing, label=label)
+    thought = write_thought(rng, phrases, thing, times, label, f" {lib.rows.PLACEHOLDER} ")
     row = base_row(clip, name, question, thought, f"{key}. {label}", subtask)
     row["image_output"] = [overlay_name(clip, thing, t) for t in keyframes]
     row["overlay_frames"] = list(keyframes)  # ours: which frame each overlay shows, and which thing

@@ -89,7 +89,7 @@ SHAPES = {  # radius (of a box: half its width) and half the height, metres
 
 # Words for fifths of the frame, and for the square root of the area between these edges.
 X_WORDS = ["leftmost", "left", "middle", "right", "rightmost"]
-SLOTS = ["leftmost", "left", "right", "rightmost"]  # of four look-alikes side by side
+SLOTS = ["Far Left", "Left", "Right", "Far Right"]  # of four look-alikes side by side
 Y_WORDS = ["top", "upper", "center", "lower", "bottom"]
 SIZE_WORDS = ["tiny", "small", "medium", "large", "huge"]
 SIZE_EDGES = [0.17, 0.21, 0.245, 0.29]

@@ -49,8 +49,8 @@ OUT = "out/tiny"  # folder that is written
 # --- data
 CLIPS = 8000  # >= 1; clips of pretrain.jsonl
 TEST_CLIPS = 200  # >= 1; clips of pretrain_test.jsonl
-OPTION_ROWS = 36000  # >= 1; text-only rows: near drills, far drills, "pick the option" by turns
-OPTION_TEST_ROWS = 600  # >= 1; of them in pretrain_test.jsonl
+OPTION_ROWS = 48000  # >= 1; text-only rows: near drills, far drills, "pick the option", "bind" by turns
+OPTION_TEST_ROWS = 800  # >= 1; of them in pretrain_test.jsonl
 TOY_CLIPS = (300, 300, 100, 10)  # >= 1; train, test, rl_train, rl_test: for the tokenizer, to measure chance
 THINGS = (3, 5)  # >= 1, rising; fewest and most things of one "track" row
 P_TRACK = (1.0, 1.0, 1.0, 0.4)  # 0 to 1; chances of a clip's rows: words, words, pixels, colour
@@ -78,6 +78,7 @@ STAGES = [  # name, kinds of rows ("plain": far drills of short options), steps,
     ("settle", "grounding fine cells colour near far options", 200, 1.5e-3, "all"),
     ("slots", "near far options", 200, 1e-3, "letters"),
     ("last", "grounding colour near far options", 250, 1e-3, "all"),
+    ("bind", "grounding colour far options bind", 300, 1e-3, "all"),
 ]
 MOST_STEPS = 0  # >= 0; steps of a stage at most, for a trial; 0: as STAGES says
 GLOBAL_BATCH = 32  # >= 1; rows of one step
@@ -240,11 +241,34 @@ def drill(rng, near, size):
     return "\n\n".join(question), "\n\n".join(answer)
 
 
+def bind_texts(rng):
+    """A motion question with its reasoning, but no video, to learn its letter alone -> three texts.
+
+    The label is drawn at random and stands in the reasoning, so nothing is said about motion.
+    """
+    kind = str(rng.choice(["single", "pair", "direction", "distance", "speed", "follow", "follow"]))
+    phrases = vocabulary.phrases_for("camera" if kind in ("single", "pair") else kind)
+    label = str(rng.choice(vocabulary.VOCABULARY[kind]))
+    thing = f"{rng.choice(list(vocabulary.COLOURS))} {rng.choice(list(vocabulary.SHAPES))}"
+    count = int(rng.integers(2, 4))
+    if kind == "follow":
+        thing = f"{rng.choice(vocabulary.SLOTS)} {thing}"
+        count = int(rng.integers(3, 14))
+    times = [generate_data.format_seconds(second) for second in range(1, 2 * count, 2)]
+    question = generate_data.pick_phrase(rng, phrases["ask"], thing=thing, a=times[0], b=times[-1])
+    options = generate_data.draw_options(rng, kind, label)
+    question, _, key = generate_data.shuffle_options(rng, question, options)
+    thought = generate_data.write_thought(rng, phrases, thing, times, label, " ")
+    return question, thought, f"{key}. {label}"
+
+
 def option_row(split, number, seed, size):
     """A text-only row, by turns: a near drill, a far drill, a question that names the option to pick."""
     rng = np.random.default_rng([seed, vocabulary.SPLITS.index(split), number, 1])
-    subtask = ("near", "far", "options")[number % 3]
-    if subtask == "options":
+    subtask = ("near", "far", "options", "bind")[number % 4]
+    if subtask == "bind":
+        question, thought, answer = bind_texts(rng)
+    elif subtask == "options":
         label, *others = option_question(rng, size)
         question = f'Pick the option that says "{label}".'
         question, _, key = generate_data.shuffle_options(rng, question, [label, *others])
@@ -255,7 +279,10 @@ def option_row(split, number, seed, size):
         thought = ""
         question, answer = drill(rng, subtask == "near", size)
     clip = Clip(f"{split}_text")
-    return Draft(generate_data.base_row(clip, f"{number:06d}", question, thought, answer, subtask), subtask)
+    row = generate_data.base_row(clip, f"{number:06d}", question, thought, answer, subtask)
+    if subtask == "bind":
+        row["supervise"] = "letters"
+    return Draft(row, subtask)
 
 
 # ---------------------------------------------------------------- rows: who makes them, what a stage sees
