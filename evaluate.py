@@ -18,7 +18,7 @@ Differs from the paper:
 - benchmarks are scored by these two rules alone (VLM4D's authors: a language model judges)
 - a video's frames pass through JPEG (quality 95) on disk, as the frames of the release's training data
 - controls: no, another or a shuffled video; latents zeroed, noised, padded, swapped or true (ours)
-- retrieval@1 and the centred cosine say whether the imagined latents are the right ones (ours)
+- object@1, moment@1, retrieval@1 and the centred cosine say whether the right latents are imagined (ours)
 """
 
 import dataclasses
@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from lib.benchmarks import known_groups, read_benchmark
 from lib.checkpoints import newest_checkpoint
@@ -38,6 +37,7 @@ from lib.command_line import override_constants, require
 from lib.distributed import all_gather_list, autocast, end_distributed, init_distributed
 from lib.files import append_jsonl, evenly_spaced, read_json, read_jsonl, remove_leftovers, to_jsonl
 from lib.files import write_json, write_text
+from lib.imagery import compare_block, index_overlays, mean_of, same_moment, same_thing, summarise_imagery
 from lib.report import draw_answer, draw_picture, make_page
 from lib.safety import release_lock, take_lock
 from lib.scores import Result, as_percent, describe_summary, is_dsr, mean
@@ -179,6 +179,7 @@ def score_results(results):
     """n; strict: correct, accuracy, its interval; release: its share; chance (mean of 1 / options)."""
     n = len(results)
     correct = sum(result.correct for result in results)
+    blocks = [block for result in results for block in result.imagery]
     low, high = wilson_interval(correct, n)
     return {
         "n": n,
@@ -189,7 +190,8 @@ def score_results(results):
         "release": mean(result.hit for result in results),
         "note": "",
         "chance": mean(1 / result.options for result in results),
-        "retrieval": mean(block["retrieval"] for result in results for block in result.imagery),
+        "retrieval": mean_of(blocks, "retrieval"),
+        "object": mean_of(blocks, "object"),
     }
 
 
@@ -212,9 +214,6 @@ def summarise(results):
         if some:
             scores[name] = score_results(some)
 
-    # the imagined blocks of all answers, as far as they were compared with true ones
-    blocks = [block for result in results for block in result.imagery]
-    cosines = zip(*(block["cosine"] for block in blocks))  # for each latent index
     return {
         "scores": scores,
         "macro": mean(scores[name]["accuracy"] for name in subtasks),
@@ -224,22 +223,21 @@ def summarise(results):
         "cut": sum(result.truncated for result in results),
         "blocks": mean(result.blocks for result in results),
         "tokens": mean(result.tokens for result in results),
-        "imagery": {
-            "compared": len(blocks),
-            "retrieval": mean(block["retrieval"] for block in blocks),
-            "chance": mean(block["chance"] for block in blocks),
-            "cosine": [mean(cosine) for cosine in cosines],
-        },
+        "imagery": summarise_imagery(results),
     }
 
 
 def print_table(summary):
     """Prints the scores, a line each, and the rest."""
-    print(f"{'':20}     n  right       %   95 % interval  release  chance  retrieval")
-    line = "{:20}{n:6d}{correct:7.5g}{accuracy:>8}{low:>8} - {high:>5}{release:>9}{chance:>8}{}  {note}"
+    print(f"{'':20}     n  right       %   95 % interval  release  chance  retrieval  object@1")
+    line = "{:20}{n:6d}{correct:7.5g}{accuracy:>8}{low:>8} - {high:>5}{release:>9}{chance:>8}"
+    line += "{:>11}{:>10}  {note}"
     for name, score in summary["scores"].items():
-        retrieval = "" if score["retrieval"] is None else f"{score['retrieval']:11.3f}"
-        print(line.format(name, retrieval, **as_percent(score)).rstrip())
+        found = []
+        for comparison in ("retrieval", "object"):
+            share = score[comparison]
+            found.append("" if share is None else f"{share:.3f}")
+        print(line.format(name, *found, **as_percent(score)).rstrip())
     print("\n".join(describe_summary(summary)))
 
 
@@ -334,44 +332,28 @@ class TrueLatents:
         self.model = model
         self.rows = rows
         self.vision = vision if vision and vision.keep else VisionCache(model)
+        self.moments = index_overlays(rows)  # the overlays of each moment, by thing
         self.pooled = {}  # overlay file -> (K, D)
 
     @torch.no_grad()
-    def __call__(self, indices):
-        """The true latents of the rows of these indices, whose overlays are encoded together."""
-        # a model without latents has nothing to compare
-        K = self.model.K
-        overlays = [self.rows[i].image_output if K else [] for i in indices]
-        missing = [path for own in overlays for path in own if path not in self.pooled]
-        self.vision.encode_missing([(path,) for path in missing], self.rows[indices[0]].source)
+    def encode(self, files, source):
+        """The true latents (n, K, D) of n overlays, which are encoded together."""
+        missing = [path for path in dict.fromkeys(files) if path not in self.pooled]
+        self.vision.encode_missing([(path,) for path in missing], source)
         # the features are in the cache now, and are pooled as they are in training
         for path in missing:
             entry = self.vision.store[(path,)]
             latents = self.model.pool(entry.features.to(self.model.device), entry.grid)
             self.pooled[path] = latents.float().cpu()
-        none = torch.zeros(0, K, self.model.config.text_config.hidden_size)
-        return [torch.stack([self.pooled[path] for path in own]) if own else none for own in overlays]
+        none = torch.zeros(0, self.model.K, self.model.config.text_config.hidden_size)
+        return torch.stack([self.pooled[path] for path in files]) if files else none
 
-
-def centre(x, gallery):
-    """Unit vectors less the gallery's mean one at their latent index: (n, K, D), (G, K, D) -> (n, K, D).
-
-    Pooled features share one direction, so the plain cosine of any two is near 1.
-    """
-    common = F.normalize(gallery, dim=-1).mean(dim=0)  # (K, D)
-    return F.normalize(F.normalize(x, dim=-1) - common, dim=-1)
-
-
-def retrieval(generated, true):
-    """Are latents nearest to their own true ones? (n, K, D), (G, K, D) -> hit (n,), cosine (n, K).
-
-    true[i] is row i's own. A hit: the centred cosine, mean over K, is higher with true[i] than with any other
-    of the G, which should be of one kind and each of another clip; a tie is a miss. Chance is 1/G.
-    """
-    cosine = torch.einsum("nkd,gkd->ngk", centre(generated, true), centre(true, true))
-    near = cosine.mean(dim=-1)  # (n, G)
-    others = near.clone().fill_diagonal_(-torch.inf)
-    return near.diagonal() > others.amax(dim=1), cosine.diagonal().T
+    def __call__(self, indices):
+        """The true latents of the rows of these indices, whose overlays are encoded together."""
+        # a model without latents has nothing to compare
+        overlays = [self.rows[i].image_output if self.model.K else [] for i in indices]
+        self.encode([path for own in overlays for path in own], self.rows[indices[0]].source)
+        return [self.encode(own, self.rows[i].source) for i, own in zip(indices, overlays)]
 
 
 def gallery_of(rows, index, block, size=64):
@@ -385,18 +367,31 @@ def gallery_of(rows, index, block, size=64):
 
 
 def compare_blocks(rows, index, latents, truth):
-    """Imagined blocks (n, K, D) of a row against the true ones of their ordinal in its gallery -> [dict].
+    """Imagined blocks (n, K, D) of a row -> [dict], one for each block that could be compared.
 
-    truth: TrueLatents. Blocks beyond the true ones, and rows without a gallery, are not compared.
+    retrieval: with the same ordinal of other clips. object@1, within the clip: with the other things at this
+    moment. moment@1: with the same thing at the row's other moments. truth: TrueLatents. Blocks beyond the
+    true ones are not compared.
     """
+    row = rows[index]
+    galleries = []
+    for block in range(min(len(latents), len(row.image_output))):
+        others = gallery_of(rows, index, block)
+        files = {
+            "retrieval": [rows[i].image_output[block] for i in others],
+            "object": same_moment(row, block, truth.moments),
+            "moment": same_thing(row, block),
+        }
+        galleries.append(files)
+
+    # all overlays in one call, then each block with the true ones of its galleries
+    truth.encode([file for files in galleries for some in files.values() for file in some], row.source)
     compared = []
-    for block in range(min(len(latents), len(rows[index].image_output))):
-        gallery = gallery_of(rows, index, block)
-        if len(gallery) > 1:
-            true = torch.stack([blocks[block] for blocks in truth(gallery)])  # (G, K, D), its own first
-            hit, cosine = retrieval(latents[block : block + 1], true)
-            found = {"retrieval": hit.item(), "chance": 1 / len(gallery), "cosine": cosine[0].tolist()}
-            compared.append(found)
+    for block, files in enumerate(galleries):
+        true = {name: truth.encode(some, row.source) for name, some in files.items()}  # (G, K, D) each
+        found = compare_block(latents[block], true)
+        if found:
+            compared.append({"block": block, **found})
     return compared
 
 

@@ -33,7 +33,7 @@ class Result:
     tokens: int
     text: str
     release_fields: dict = field(default_factory=dict)  # what the release writes beside an answer
-    imagery: list = field(default_factory=list)  # of each block: retrieval, chance, cosine per latent
+    imagery: list = field(default_factory=list)  # of each block: what lib/imagery.py compared
     latents: torch.Tensor | None = None  # (blocks, K, D), until they are compared
 
     def to_json(self):
@@ -248,5 +248,12 @@ def describe_summary(summary):
     imagery = summary["imagery"]
     if not imagery["compared"]:
         return [named_numbers(summary)]
+    lines = [named_numbers(summary), named_numbers(imagery)]
     cosine = " ".join(f"{value:.3f}" for value in imagery["cosine"])
-    return [named_numbers(summary), named_numbers(imagery), f"centred cosine per latent {cosine}"]
+    lines.append(f"centred cosine per latent {cosine}")
+    # a summary of before object@1 has none of it
+    by_block = imagery.get("object_by_block", [])
+    if any(value is not None for value in by_block):
+        shares = " ".join("-" if value is None else f"{value:.3f}" for value in by_block)
+        lines.append(f"object@1 by key frame {shares}")
+    return lines

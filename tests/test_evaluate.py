@@ -14,7 +14,7 @@ from PIL import Image
 import evaluate
 from evaluate import Settings, TrueLatents
 from helpers import ROOT, refused, run_script, two_processes
-from lib import report, scores
+from lib import imagery, report, scores
 from lib.files import read_json, read_jsonl
 from lib.rows import read_rows
 from lib.scores import Result
@@ -207,10 +207,11 @@ def test_summary_equals_a_hand_count():
     assert summary["differ"] == pytest.approx(1 / 6)
     assert summary["blocks"] == pytest.approx(11 / 6)
     assert summary["tokens"] == pytest.approx(40)
-    imagery = summary["imagery"]
-    assert (imagery["retrieval"], imagery["compared"]) == (0.5, 2)
-    assert imagery["chance"] == pytest.approx(0.375)
-    assert imagery["cosine"] == pytest.approx([0.4, 0.2])
+    found = summary["imagery"]
+    assert (found["retrieval"], found["compared"]) == (0.5, 2)
+    assert found["chance"] == pytest.approx(0.375)
+    assert found["cosine"] == pytest.approx([0.4, 0.2])
+    assert found["object"] is None and found["object_by_block"] == []  # results of an earlier version
     assert scored["camera_single"]["retrieval"] == 0.5
     assert scored["speed"]["retrieval"] is None
     json.dumps(summary, allow_nan=False)
@@ -311,10 +312,10 @@ def test_oracle_feeds_the_true_latents_and_finds_them(world, faked):
     rows, model, _ = world
     for index, fed in latents_of(world, "oracle").items():
         assert torch.equal(fed, TrueLatents(model, rows)([index])[0])
-    imagery = evaluate.evaluate(model, rows, settings=Settings(latents="oracle"))["imagery"]
-    assert imagery["retrieval"] == 1.0
-    assert imagery["cosine"] == pytest.approx([1.0] * 4, abs=1e-4)
-    assert imagery["chance"] == pytest.approx(1 / 6)  # its own and those of the five other clips
+    found = evaluate.evaluate(model, rows, settings=Settings(latents="oracle"))["imagery"]
+    assert found["retrieval"] == 1.0
+    assert found["cosine"] == pytest.approx([1.0] * 4, abs=1e-4)
+    assert found["chance"] == pytest.approx(1 / 6)  # its own and those of the five other clips
 
 
 # ---------------------------------------------------------------- retrieval
@@ -325,15 +326,15 @@ def vectors(seed, n=64):
 
 
 def test_identical_latents_are_all_found_whatever_their_length():
-    hit, cosine = evaluate.retrieval(3 * vectors(0), vectors(0))
+    hit, cosine = imagery.retrieval(3 * vectors(0), vectors(0))
     assert hit.all() and torch.allclose(cosine, torch.ones(64, 4), atol=1e-5)
 
 
 def test_unrelated_latents_are_found_by_chance_and_a_shared_direction_does_not_help():
-    found = [evaluate.retrieval(vectors(seed), vectors(seed + 100))[0] for seed in range(20)]
+    found = [imagery.retrieval(vectors(seed), vectors(seed + 100))[0] for seed in range(20)]
     assert torch.cat(found).float().mean() == pytest.approx(1 / 64, abs=0.012)
     shared = 20 * vectors(7, 1)
-    found = [evaluate.retrieval(vectors(seed) + shared, vectors(seed + 100) + shared) for seed in range(20)]
+    found = [imagery.retrieval(vectors(seed) + shared, vectors(seed + 100) + shared) for seed in range(20)]
     assert torch.cat([hit for hit, _ in found]).float().mean() == pytest.approx(1 / 64, abs=0.012)
     assert torch.cat([cosine for _, cosine in found]).mean().abs() < 0.05
     plain = torch.cosine_similarity(vectors(0) + shared, vectors(100) + shared, dim=-1)
@@ -341,8 +342,8 @@ def test_unrelated_latents_are_found_by_chance_and_a_shared_direction_does_not_h
 
 
 def test_a_tie_is_a_miss_and_a_constant_finds_one_at_most():
-    assert evaluate.retrieval(torch.zeros(64, 4, 16), vectors(0))[0].sum() <= 1
-    assert not evaluate.retrieval(vectors(1, 2), vectors(0, 1).repeat(2, 1, 1))[0].any()
+    assert imagery.retrieval(torch.zeros(64, 4, 16), vectors(0))[0].sum() <= 1
+    assert not imagery.retrieval(vectors(1, 2), vectors(0, 1).repeat(2, 1, 1))[0].any()
 
 
 def test_gallery_holds_one_question_a_clip_of_the_same_kind(world):
