@@ -37,10 +37,11 @@ from lib.command_line import override_constants, require
 from lib.distributed import all_gather_list, autocast, end_distributed, init_distributed
 from lib.files import append_jsonl, evenly_spaced, read_json, read_jsonl, remove_leftovers, to_jsonl
 from lib.files import write_json, write_text
-from lib.imagery import compare_block, index_overlays, mean_of, same_moment, same_thing, summarise_imagery
+from lib.imagery import compare_blocks, index_overlays, learn_readout, load_pixels, mean_of
+from lib.imagery import r_squared, same_subtask, split_rows, summarise_imagery
 from lib.report import draw_answer, draw_picture, make_page
 from lib.safety import release_lock, take_lock
-from lib.scores import Result, as_percent, describe_summary, is_dsr, mean
+from lib.scores import Result, as_percent, describe_readout, describe_summary, is_dsr, mean
 from lib.scores import (
     read_neighbour,
     read_results,
@@ -50,6 +51,7 @@ from lib.scores import (
     three_of_four,
     wilson_interval,
 )
+from lib.rows import read_twin
 from lib.videos import attach_frames, attach_video_rows
 from model import VisionCache, encode_row, generate, load_model
 
@@ -75,6 +77,7 @@ SECONDS_PER_PAIR = None  # > 0, <= 1e6; None: the checkpoint's own; 2.0: as the 
 SUFFIX = ""  # instruction after the question; "": the checkpoint's own; @file reads one
 # --- logging
 SAMPLES = 8  # >= 1; answers drawn in the report
+READOUT = 3000  # >= 0; overlays that the readout is fitted on, at most; 0: no readout
 # --- system
 BATCH = 64  # >= 1; questions answered at once
 RESUME = True  # False: answer all again
@@ -244,13 +247,6 @@ def print_table(summary):
 # ---------------------------------------------------------------- controls: what is shown, what is fed
 
 
-def same_subtask(rows, index):
-    """Indices of the questions of a row's subtask on other clips."""
-    row = rows[index]
-    others = [i for i, other in enumerate(rows) if other.subtask == row.subtask and other.clip != row.clip]
-    return [i for i in others if not rows[i].skip_reason]
-
-
 def choose_other(rows, index, seed):
     """One of those, chosen by (seed, index); exits if there is none."""
     others = same_subtask(rows, index)
@@ -354,45 +350,6 @@ class TrueLatents:
         overlays = [self.rows[i].image_output if self.model.K else [] for i in indices]
         self.encode([path for own in overlays for path in own], self.rows[indices[0]].source)
         return [self.encode(own, self.rows[i].source) for i, own in zip(indices, overlays)]
-
-
-def gallery_of(rows, index, block, size=64):
-    """The row, and others of its subtask with this block, each of another clip -> up to `size` indices."""
-    # several questions may be about one clip, whose overlays are alike: one of them is enough
-    of_clip = {}
-    for i in same_subtask(rows, index):
-        if len(rows[i].image_output) > block:
-            of_clip[rows[i].clip] = i
-    return [index, *of_clip.values()][:size]
-
-
-def compare_blocks(rows, index, latents, truth):
-    """Imagined blocks (n, K, D) of a row -> [dict], one for each block that could be compared.
-
-    retrieval: with the same ordinal of other clips. object@1, within the clip: with the other things at this
-    moment. moment@1: with the same thing at the row's other moments. truth: TrueLatents. Blocks beyond the
-    true ones are not compared.
-    """
-    row = rows[index]
-    galleries = []
-    for block in range(min(len(latents), len(row.image_output))):
-        others = gallery_of(rows, index, block)
-        files = {
-            "retrieval": [rows[i].image_output[block] for i in others],
-            "object": same_moment(row, block, truth.moments),
-            "moment": same_thing(row, block),
-        }
-        galleries.append(files)
-
-    # all overlays in one call, then each block with the true ones of its galleries
-    truth.encode([file for files in galleries for some in files.values() for file in some], row.source)
-    compared = []
-    for block, files in enumerate(galleries):
-        true = {name: truth.encode(some, row.source) for name, some in files.items()}  # (G, K, D) each
-        found = compare_block(latents[block], true)
-        if found:
-            compared.append({"block": block, **found})
-    return compared
 
 
 # ---------------------------------------------------------------- answering
@@ -549,20 +506,44 @@ def evaluate(model, rows, out=None, settings=None, limit=0, resume=True, rank=0,
 # ---------------------------------------------------------------- picture and report
 
 
-def draw_row(model, rows, index, settings):
-    """Answers a row and draws that -> Drawing."""
-    vision = VisionCache(model)
-    truth = TrueLatents(model, rows, vision)
-    result = answer(model, rows, [index], settings, truth, vision)[0]
+def score_readout(model, rows, indices, settings, readout):
+    """R² of a readout (lib/imagery.py) on the overlays of these rows: of true latents, of imagined ones."""
+    truth = TrueLatents(model, rows)
+    true = {"latents": [], "files": []}
+    imagined = {"latents": [], "files": []}
+    for batch in plan_batches(rows, indices, settings.batch):
+        for result in answer(model, rows, batch, settings, truth):
+            files = rows[result.row].image_output
+            true["latents"].extend(truth([result.row])[0])
+            true["files"].extend(files)
+            # more blocks, or fewer, may be imagined than there are overlays
+            imagined["latents"].extend(result.latents[: len(files)])
+            imagined["files"].extend(files[: len(result.latents)])
+
+    shares = []
+    for part in (true, imagined):
+        share = None
+        if part["files"]:
+            pixels = load_pixels(part["files"], rows[indices[0]].source)
+            share = r_squared(readout, torch.stack(part["latents"]), pixels)
+        shares.append(share)
+    return {"true_r2": shares[0], "imagined_r2": shares[1], "rows": len(indices)}
+
+
+def draw_row(model, rows, index, settings, readout=None):
+    """Answers a row and draws that, its imagery as a readout (lib/imagery.py) shows it -> Drawing."""
+    truth = TrueLatents(model, rows)
+    result = answer(model, rows, [index], settings, truth)[0]
     shown = apply_video_control(rows, index, settings)
-    return draw_answer(model, vision, shown, result, truth([index])[0])
+    return draw_answer(shown, result, truth([index])[0], readout)
 
 
-def draw(model, rows, out, log="", samples=8):
+def draw(model, rows, out, log="", samples=8, train_rows=None, overlays=3000):
     """Answers some rows of `out` again, right and wrong ones, and draws out/picture.png and out/report.html.
 
-    log: the training run's log.jsonl, for the curves. The report also shows the scores of the controls that
-    stand beside `out`, such as eval_video-none.
+    log: the training run's log.jsonl, for the curves. The imagery is drawn by a readout, fitted on at most so
+    many overlays of train_rows, or of half of the rows if there are none; its R² goes to out/summary.json.
+    The report also shows the scores of the controls that stand beside `out`, such as eval_video-none.
     """
     out = Path(out)
     summary = read_json(out / "summary.json")
@@ -572,12 +553,23 @@ def draw(model, rows, out, log="", samples=8):
     folder = out / f"seed_{settings.seed}" if "seeds" in summary else out
     results = list(read_results(folder / "results.jsonl").values())
 
+    # the readout sees none of the rows that it is shown on
+    shown = [result["row"] for result in results]
+    fitted, held_out = split_rows(rows, train_rows, shown)
+    readout = learn_readout(TrueLatents(model, rows), fitted, overlays)
+    if readout:
+        shown = held_out
+        summary["readout"] = score_readout(model, rows, shown[:64], settings, readout)
+        write_json(out / "summary.json", summary)
+        print(describe_readout(summary["readout"]))
+
     # right and wrong answers, half of each, evenly spaced over the file
     drawings = []
     for correct in (True, False):
         indices = [result["row"] for result in results if result["correct"] == correct]
+        indices = [index for index in indices if index in shown]
         for index in evenly_spaced(indices, max(1, samples // 2)):
-            drawings.append(draw_row(model, rows, index, settings))
+            drawings.append(draw_row(model, rows, index, settings, readout))
     if settings.video != "none":
         draw_picture([drawings[0], drawings[-1]]).save(out / "picture.png")
 
@@ -624,7 +616,10 @@ def output_folder(c, name):
 def report(c, model, rows, out, summary):
     """Prints the scores, draws the picture and the page, and says where all of it is."""
     print_table(summary)
-    draw(model, rows, out, newest_checkpoint(c.MODEL).parent / "log.jsonl", c.SAMPLES)
+    log = newest_checkpoint(c.MODEL).parent / "log.jsonl"
+    # a benchmark has no training questions with overlays
+    train_rows = read_twin(c.DATA) if c.BENCH == "toy" and c.READOUT else []
+    draw(model, rows, out, log, c.SAMPLES, train_rows, c.READOUT)
     names = ["summary.json", "picture.png", "report.html"]
     # where nothing was seen there is no picture
     if c.VIDEO == "none":

@@ -1,12 +1,21 @@
-"""Were the right latents imagined? Retrieval of imagined latents among true ones."""
+"""Were the right latents imagined? Retrieval of imagined latents among true ones, and a readout as pixels."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+from lib.files import evenly_spaced
+from lib.pictures import open_image
 from lib.scores import mean
 
 # a comparison -> the name of its chance; an entry of Result.imagery holds both
 COMPARISONS = {"retrieval": "chance", "object": "object_chance", "moment": "moment_chance"}
+READOUT_SIZE = 28  # pixels; side of the images that latents are read out as
+RIDGE = 0.02  # of the mean variance of the latents' entries, which is added to each
+CHUNK = 64  # overlays encoded at once for the readout
 
 
 # ---------------------------------------------------------------- one block among others
@@ -95,6 +104,55 @@ def same_thing(row, block):
     return [own, *files.values()]
 
 
+# ---------------------------------------------------------------- a row's blocks
+
+
+def same_subtask(rows, index):
+    """Indices of the questions of a row's subtask on other clips."""
+    row = rows[index]
+    others = [i for i, other in enumerate(rows) if other.subtask == row.subtask and other.clip != row.clip]
+    return [i for i in others if not rows[i].skip_reason]
+
+
+def gallery_of(rows, index, block, size=64):
+    """The row, and others of its subtask with this block, each of another clip -> up to `size` indices."""
+    # several questions may be about one clip, whose overlays are alike: one of them is enough
+    of_clip = {}
+    for i in same_subtask(rows, index):
+        if len(rows[i].image_output) > block:
+            of_clip[rows[i].clip] = i
+    return [index, *of_clip.values()][:size]
+
+
+def compare_blocks(rows, index, latents, truth):
+    """Imagined blocks (n, K, D) of a row -> [dict], one for each block that could be compared.
+
+    retrieval: with the same ordinal of other clips. object@1, within the clip: with the other things at this
+    moment. moment@1: with the same thing at the row's other moments. truth: TrueLatents. Blocks beyond the
+    true ones are not compared.
+    """
+    row = rows[index]
+    galleries = []
+    for block in range(min(len(latents), len(row.image_output))):
+        others = gallery_of(rows, index, block)
+        files = {
+            "retrieval": [rows[i].image_output[block] for i in others],
+            "object": same_moment(row, block, truth.moments),
+            "moment": same_thing(row, block),
+        }
+        galleries.append(files)
+
+    # all overlays in one call, then each block with the true ones of its galleries
+    truth.encode([file for files in galleries for some in files.values() for file in some], row.source)
+    compared = []
+    for block, files in enumerate(galleries):
+        true = {name: truth.encode(some, row.source) for name, some in files.items()}  # (G, K, D) each
+        found = compare_block(latents[block], true)
+        if found:
+            compared.append({"block": block, **found})
+    return compared
+
+
 # ---------------------------------------------------------------- counts
 
 
@@ -123,3 +181,99 @@ def summarise_imagery(results):
     last = ordinals[-1] + 1 if ordinals else 0
     summary["object_by_block"] = [mean_of(by_ordinal.get(n, []), "object") for n in range(last)]
     return summary
+
+
+# ---------------------------------------------------------------- latents as pixels
+
+
+@dataclass
+class Readout:
+    """A linear map from latents to the pixels of overlays: what a person can see of what is imagined.
+
+    It is fitted to true latents alone and knows nothing of the model's answers.
+    """
+
+    latent_mean: torch.Tensor  # (K * D,)
+    pixel_mean: torch.Tensor  # (P,), P = 3 * READOUT_SIZE ** 2
+    weight: torch.Tensor  # (K * D, P)
+
+    def __call__(self, latents):
+        """Latents (n, K, D) of any length -> pixels (n, P), about 0 to 1."""
+        return self.pixel_mean + (flatten(latents) - self.latent_mean) @ self.weight
+
+    def draw(self, latents, size):
+        """One block of latents (K, D) -> image of this (width, height)."""
+        pixels = self(latents[None]).clamp(0, 1).view(READOUT_SIZE, READOUT_SIZE, 3)
+        image = Image.fromarray((255 * pixels).byte().numpy())
+        return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def flatten(latents):
+    """Latents (n, K, D) as unit vectors, side by side (n, K * D): imagined ones have another length."""
+    return F.normalize(latents.float(), dim=-1).flatten(1)
+
+
+def load_pixels(files, source):
+    """Image files -> pixels (n, P) in 0 to 1, each squeezed to READOUT_SIZE x READOUT_SIZE."""
+    size = (READOUT_SIZE, READOUT_SIZE)
+    images = [np.asarray(open_image(file, source).resize(size, Image.Resampling.BILINEAR)) for file in files]
+    return torch.from_numpy(np.stack(images)).float().div(255).flatten(1)
+
+
+def fit_readout(latents, pixels, ridge=RIDGE):
+    """Ridge regression in closed form: latents (n, K, D), pixels (n, P) -> Readout.
+
+    W = (X^T X + c I)^-1 X^T Y = X^T (X X^T + c I)^-1 Y with X, Y less their means and c = ridge times the
+    mean variance of X, times n. The second form is the smaller one where n < K * D.
+    """
+    x = flatten(latents)  # (n, K * D)
+    latent_mean = x.mean(dim=0)
+    pixel_mean = pixels.mean(dim=0)
+    x = x - latent_mean
+    y = pixels - pixel_mean
+    n, features = x.shape
+    # where all latents are alike there is nothing to read
+    added = (ridge * x.square().sum() / features).clamp(min=1e-9)
+    if n < features:
+        weight = x.T @ torch.linalg.solve(x @ x.T + added * torch.eye(n), y)
+    else:
+        weight = torch.linalg.solve(x.T @ x + added * torch.eye(features), x.T @ y)
+    return Readout(latent_mean, pixel_mean, weight)
+
+
+def r_squared(readout, latents, pixels):
+    """1 less the squared error of the readout over that of the mean of its training pixels; None of none."""
+    if not len(latents):
+        return None
+    error = (pixels - readout(latents)).square().sum()
+    spread = (pixels - readout.pixel_mean).square().sum()
+    return 1 - (error / spread).item()
+
+
+def learn_readout(truth, rows, most):
+    """The readout of at most `most` overlays of rows, evenly spaced -> Readout; None without two of them.
+
+    truth: TrueLatents, of any rows.
+    """
+    files = list(dict.fromkeys(file for row in rows for file in row.image_output))
+    files = evenly_spaced(files, most)
+    if not truth.model.K or len(files) < 2:
+        return None
+    source = rows[0].source
+    latents = []
+    for start in range(0, len(files), CHUNK):
+        latents.append(truth.encode(files[start : start + CHUNK], source))
+        truth.vision.clear()
+    return fit_readout(torch.cat(latents), load_pixels(files, source))
+
+
+def split_rows(rows, train_rows, answered):
+    """Rows that a readout is fitted on, and those of the answered indices that it may be shown on.
+
+    Without training rows: half of the clips for each, the first answered one is shown.
+    """
+    if train_rows:
+        return train_rows, answered
+    clips = [rows[i].clip for i in answered] + [row.clip for row in rows]
+    shown = set(list(dict.fromkeys(clips))[::2])
+    return [row for row in rows if row.clip not in shown], [i for i in answered if rows[i].clip in shown]

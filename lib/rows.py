@@ -71,6 +71,20 @@ def read_rows(path, limit=None, with_answers=False):
     return rows
 
 
+def read_twin(data):
+    """The training rows beside held-out ones, if there are: out/toy, test_imagery.jsonl, name_test.jsonl."""
+    data = Path(data)
+    if data.is_dir():
+        twin = data / "train_imagery.jsonl"
+    elif data.name.startswith("test_"):
+        twin = data.with_name(data.name.replace("test_", "train_", 1))
+    elif data.stem.endswith("_test"):
+        twin = data.with_name(data.name.replace("_test.jsonl", ".jsonl"))
+    else:
+        return []
+    return read_rows(twin) if twin.is_file() else []
+
+
 def to_row(raw, source, folder):
     """One JSON object of the DIFT or 4DRL schema -> Row; paths count from the folder."""
     if "Question" in raw:

@@ -246,9 +246,12 @@ def named_numbers(values):
 def describe_summary(summary):
     """The part of a summary that is no table, as lines of text with the names of summary.json."""
     imagery = summary["imagery"]
+    lines = [named_numbers(summary)]
+    if "readout" in summary:
+        lines.append(describe_readout(summary["readout"]))
     if not imagery["compared"]:
-        return [named_numbers(summary)]
-    lines = [named_numbers(summary), named_numbers(imagery)]
+        return lines
+    lines.append(named_numbers(imagery))
     cosine = " ".join(f"{value:.3f}" for value in imagery["cosine"])
     lines.append(f"centred cosine per latent {cosine}")
     # a summary of before object@1 has none of it
@@ -257,3 +260,8 @@ def describe_summary(summary):
         shares = " ".join("-" if value is None else f"{value:.3f}" for value in by_block)
         lines.append(f"object@1 by key frame {shares}")
     return lines
+
+
+def describe_readout(readout):
+    """The R² of a readout as a line: of held-out true latents, and of those that were imagined."""
+    return f"readout, R² on held-out rows: {named_numbers(readout)}"
