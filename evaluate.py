@@ -554,20 +554,20 @@ def draw(model, rows, out, log="", samples=8, train_rows=None, overlays=3000):
     results = list(read_results(folder / "results.jsonl").values())
 
     # the readout sees none of the rows that it is shown on
-    shown = [result["row"] for result in results]
-    fitted, held_out = split_rows(rows, train_rows, shown)
+    answered = [result["row"] for result in results]
+    fitted, held_out = split_rows(rows, train_rows, answered)
     readout = learn_readout(TrueLatents(model, rows), fitted, overlays)
     if readout:
-        shown = held_out
-        summary["readout"] = score_readout(model, rows, shown[:64], settings, readout)
+        summary["readout"] = score_readout(model, rows, held_out[:64], settings, readout)
         write_json(out / "summary.json", summary)
         print(describe_readout(summary["readout"]))
+    shown = set(held_out if readout else answered)
 
     # right and wrong answers, half of each, evenly spaced over the file
     drawings = []
     for correct in (True, False):
-        indices = [result["row"] for result in results if result["correct"] == correct]
-        indices = [index for index in indices if index in shown]
+        those = [result["row"] for result in results if result["correct"] == correct]
+        indices = [index for index in those if index in shown]
         for index in evenly_spaced(indices, max(1, samples // 2)):
             drawings.append(draw_row(model, rows, index, settings, readout))
     if settings.video != "none":

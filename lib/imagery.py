@@ -270,10 +270,13 @@ def learn_readout(truth, rows, most):
 def split_rows(rows, train_rows, answered):
     """Rows that a readout is fitted on, and those of the answered indices that it may be shown on.
 
-    Without training rows: half of the clips for each, the first answered one is shown.
+    Without training rows, or with the rows themselves: half of the clips for each, the first answered one is
+    shown.
     """
-    if train_rows:
-        return train_rows, answered
+    held_out = {file for row in rows for file in row.image_output}
+    others = [row for row in train_rows or [] if held_out.isdisjoint(row.image_output)]
+    if others:
+        return others, answered
     clips = [rows[i].clip for i in answered] + [row.clip for row in rows]
     shown = set(list(dict.fromkeys(clips))[::2])
     return [row for row in rows if row.clip not in shown], [i for i in answered if rows[i].clip in shown]

@@ -54,8 +54,11 @@ def labelled_image(path, width, label):
 def text_image(text, width, size=18, colour="black"):
     """Text wrapped to a width, as an image on white."""
     font = ImageFont.load_default(size)
-    across = max(8, int(width / font.getlength("n")))  # n: a letter of mean width
-    lines = [line for part in text.split("\n") for line in textwrap.wrap(part, across) or [""]]
+    lines = []
+    for part in text.split("\n"):
+        # as many letters as fit, were all of them as wide as the mean of this text's
+        letter = font.getlength(part) / max(len(part), 1)
+        lines += textwrap.wrap(part, max(8, int(0.95 * width / max(letter, 1))))
     height = round(1.3 * size)
     image = Image.new("RGB", (width, height * len(lines)), "white")
     pen = ImageDraw.Draw(image)

@@ -101,3 +101,51 @@ def test_counts_are_means_over_the_blocks_that_were_compared():
         "cosine": [1.0, 0.0],
         "object_by_block": [None, None, 0.5],
     }
+
+
+# ---------------------------------------------------------------- the readout
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("n", [9, 40])
+def test_ridge_equals_a_direct_solution(n):
+    """Fewer overlays than features (2 x 8 = 16), where the dual form is taken, and more of them."""
+    latents = normal(n, 2, 8)
+    pixels = normal(n, 5, seed=1)
+    readout = imagery.fit_readout(latents.float(), pixels.float(), ridge=0.1)
+    x = torch.nn.functional.normalize(latents, dim=-1).flatten(1)
+    x = x - x.mean(dim=0)
+    covariance = x.T @ x / n
+    added = 0.1 * covariance.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    weight = torch.linalg.inv(covariance + added) @ (x.T @ (pixels - pixels.mean(dim=0)) / n)
+    assert torch.allclose(readout.weight.double(), weight, atol=1e-4)
+    assert torch.allclose(readout(7 * latents.float()), readout(latents.float()), atol=1e-4)  # of any length
+
+
+def test_r_squared_of_a_perfect_map_is_1_and_of_the_mean_0():
+    latents = normal(60, 2, 8).float()
+    pixels = imagery.flatten(latents) @ normal(16, 5, seed=1).float() + 3
+    readout = imagery.fit_readout(latents[:40], pixels[:40], ridge=1e-6)
+    assert imagery.r_squared(readout, latents[40:], pixels[40:]) == pytest.approx(1, abs=1e-3)
+    readout.weight.zero_()
+    assert imagery.r_squared(readout, latents[:40], pixels[:40]) == pytest.approx(0, abs=1e-6)
+    assert imagery.r_squared(readout, latents[:0], pixels[:0]) is None
+
+
+def test_latents_that_are_all_alike_are_read_out_as_the_mean():
+    readout = imagery.fit_readout(torch.ones(3, 2, 8), torch.tensor([[0.0], [0.5], [1.0]]))
+    assert torch.allclose(readout(torch.ones(1, 2, 8)), torch.tensor([[0.5]]))
+
+
+def test_half_of_the_clips_are_shown_and_the_first_answered_one_among_them():
+    rows = [follow("ball", (0, 1), clip=clip) for clip in "aabbccdd"]
+    fitted, shown = imagery.split_rows(rows, None, [2, 3, 4, 5, 6])
+    assert shown == [2, 3, 6] and {row.clip for row in fitted} == {"c", "a"}
+    assert imagery.split_rows(rows, rows, [2]) == imagery.split_rows(
+        rows, [], [2]
+    )  # not on what it is shown on
+    train = [follow("ball", (0, 1), clip="train")]
+    assert imagery.split_rows(rows, train, [2, 3]) == (train, [2, 3])

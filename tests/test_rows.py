@@ -7,7 +7,7 @@ import pytest
 from helpers import draw_image, refused
 from PIL import Image
 
-from lib.rows import LATENT_BLOCK, Row, read_rows
+from lib.rows import LATENT_BLOCK, Row, read_rows, read_twin
 
 
 def raw_row(**changes):
@@ -189,3 +189,15 @@ def test_a_latent_block_is_found_whole_empty_or_cut_off():
 
 def test_what_is_supervised_is_all_or_letters(tmp_path):
     refused(lambda: read(tmp_path, raw_row(supervise="lettres")), "rows.jsonl:1", "'supervise'", "'lettres'")
+
+
+@pytest.mark.parametrize("train", ["train_imagery.jsonl", "real.jsonl"])
+def test_training_rows_beside_held_out_ones(tmp_path, train):
+    read(tmp_path, raw_row())
+    held_out = tmp_path / ("real_test.jsonl" if train == "real.jsonl" else "test_imagery.jsonl")
+    assert read_twin(str(held_out)) == [] and read_twin(str(tmp_path)) == []
+    (tmp_path / "rows.jsonl").rename(tmp_path / train)
+    assert [row.id for row in read_twin(str(held_out))] == ["a"]
+    if train == "train_imagery.jsonl":
+        assert len(read_twin(str(tmp_path))) == 1
+    assert read_twin(str(tmp_path / train)) == []  # no twin of its own
