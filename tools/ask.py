@@ -5,17 +5,20 @@
 Prints the answer, and writes OUT/report.html.
 """
 
-from evaluate import describe_run, draw_row, output_folder, to_settings
+from evaluate import TrueLatents, describe_run, draw_row, output_folder, to_settings
 from lib.benchmarks import question_row
 from lib.command_line import override_constants, require
 from lib.distributed import init_distributed
 from lib.files import write_text
+from lib.imagery import learn_readout
 from lib.report import make_page, verdict
+from lib.rows import read_twin
 from lib.videos import attach_frames
 from model import load_model
 
 # --- paths
 MODEL = "out/dift"  # run folder (its newest checkpoint is taken) or one checkpoint
+DATA = "out/toy"  # folder whose training overlays the readout is fitted on; none there: no imagery is drawn
 VIDEO_FILE = ""  # a video that decord reads, or a folder of frame_* images
 OUT = ""  # "": the folder ask in MODEL's, and a suffix for each control
 CACHE = "out/frames"  # folder for the frames of decoded videos; may be deleted
@@ -33,6 +36,8 @@ TEMPERATURE = 0.0  # 0 or 0.01 to 100; 0: greedy; 0.7 (release)
 TOP_P = 1.0  # > 0, <= 1; share of the probability that is sampled from; 0.9 (release)
 SECONDS_PER_PAIR = None  # > 0, <= 1e6; None: the checkpoint's own; 2.0: as the release evaluates
 SUFFIX = ""  # instruction after the question; "": the checkpoint's own; @file reads one
+# --- logging
+READOUT = 3000  # >= 0; overlays that the readout is fitted on, at most; 0: no readout
 # --- system
 FAST = True  # False: exactly the code of model.py, the same numbers
 SEED = 0  # >= 0; of sampling, VIDEO=shuffled, LATENTS=noise
@@ -59,7 +64,9 @@ if __name__ == "__main__":
     settings = to_settings({name.lower(): value for name, value in vars(c).items()})
 
     # one answer, drawn like those of a report
-    drawing = draw_row(model, [row], 0, settings)
+    train_rows = read_twin(c.DATA) if c.READOUT else []
+    readout = learn_readout(TrueLatents(model, train_rows), train_rows, c.READOUT)
+    drawing = draw_row(model, [row], 0, settings, readout)
     summary = {"settings": describe_run(model, [row], settings)}
     page = output_folder(c, "ask") / "report.html"
     write_text(page, make_page(summary, [drawing], []))
