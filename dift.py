@@ -11,7 +11,8 @@ Out: OUT/step_*/ (checkpoints), OUT/log.jsonl, and after the last step OUT/eval/
 
 Differs from the paper:
 - `grid` pooling by default: `strips` averages left and right away at the toy's resolution (ours)
-- cosine is also logged centred per latent index, with retrieval@1: the plain one tells little (ours)
+- cosine is also logged centred per latent index: the plain one tells little (ours)
+- retrieval@1 among other clips and object@1 among the things of the clip say what was imagined (ours)
 - sums over the whole step's counts: the number of devices and of micro-batches does not change a step (ours)
 - with MATCH_NORM hidden states are fed back with the norm of the targets they were trained to be (ours)
 """
@@ -50,11 +51,11 @@ MIN_PIXELS = None  # >= 1, whole; None: the checkpoint's own, or 28·28 (release
 SECONDS_PER_PAIR = None  # > 0, <= 1e6; None: real time; 1.0: as the release trains, 2.0: as it evaluates
 SUFFIX = ""  # instruction after the question; "": the checkpoint's own; @file reads one
 # --- model
-K = 4  # 0 to 4096; latents per image (release); 0: a stage without imagery (pretraining of the tiny base)
+K = 8  # 0 to 4096; latents per image (release: 4); 0: a stage without imagery (pretraining of the tiny base)
 POOLING = "grid"  # grid (ours) or strips (paper): how overlay tokens become K latents, Eq. 5
 MATCH_NORM = True  # at inference, hidden states are fed back with the mean norm of the last targets (ours)
 # --- optimisation
-STEPS = 2500  # >= 0; optimiser steps
+STEPS = 3500  # >= 0; optimiser steps
 GLOBAL_BATCH = 8  # >= 1; rows of one step over all devices (release)
 MICRO_BATCH = 4  # >= 1; rows of one forward pass on one device; accumulation follows from it
 LR = 2e-3  # > 0, <= 100; peak learning rate (release: 1e-5 for the 3B model)
@@ -63,14 +64,14 @@ BETA2 = 0.95  # >= 0, < 1; of AdamW: how much of the second moment each step kee
 WEIGHT_DECAY = 0.01  # 0 to 1e3; (release)
 CLIP = 1.0  # > 0; largest norm of the gradient (release)
 W_CE = 1.0  # >= 0; weight of the text loss in Eq. 7 (release: 0.1)
-W_SIM = 0.3  # >= 0; weight of the imagery loss in Eq. 7 (release: 1.0)
+W_SIM = 3.0  # >= 0; weight of the imagery loss in Eq. 7 (release: 1.0)
 # --- ablations
 IMAGERY = "latents"  # latents | markers | pause: a block is its delimiters alone, or pads not learned (ours)
 BOTTLENECK = 0.0  # 0 to 1; share of rows whose text after the first imagery does not look at the video (ours)
 SELF_FED = 0.0  # 0 to 1; share of rows that read their own imagined latents in training (ours)
 # --- logging
 LOG_EVERY = 20  # >= 0; steps between printed lines, 0: the last alone; every step goes to the log file
-EVAL_EVERY = 500  # >= 0; steps between looks at retrieval@1 on 64 held-out rows; 0: never
+EVAL_EVERY = 500  # >= 0; steps between looks at the imagery of 64 held-out rows; 0: never
 SAVE_EVERY = 500  # >= 0; steps between checkpoints; 0: the last alone
 # --- system
 RESUME = "auto"  # auto: go on from the newest checkpoint in OUT | never: start afresh
@@ -210,7 +211,9 @@ if __name__ == "__main__":
     print0("first sample: [supervised], {imagery}\n", describe_sample(first, thinker.tokenizer))
     if test_rows and test_file == train_file:
         print0(f"{train_file} has no held-out twin: the score at the end is on training rows.")
-    retrieval = run.entries[-1]["retrieval"] if run.entries else None
+    imagery = {"retrieval": None, "object": None}
+    if run.entries:
+        imagery = {name: run.entries[-1].get(name) for name in imagery}
     weights = {"ce": c.W_CE, "sim": c.W_SIM}
 
     def prepare(step):
@@ -264,12 +267,12 @@ if __name__ == "__main__":
             norm = entry["norm_true"] if c.MATCH_NORM else 0
             thinker.config.latent_norm = norm or None
 
-        # retrieval at times, the log, a checkpoint
+        # at times: is the right thing imagined? Then the log, a checkpoint
         if test_rows and counts["latent"] and c.EVAL_EVERY and (step + 1) % c.EVAL_EVERY == 0:
             with whole_weights(thinker):
                 scores = evaluate.evaluate(thinker, test_rows, limit=64, **scoring)
-            retrieval = scores["imagery"]["retrieval"]
-        entry["retrieval"] = retrieval
+            imagery = {name: scores["imagery"][name] for name in imagery}
+        entry.update(imagery)
         entry["gnorm"] = gnorm.item()
         entry["lr"] = lr
         entry["latents"] = counts["latent"] / c.GLOBAL_BATCH
@@ -289,6 +292,6 @@ if __name__ == "__main__":
             summary = evaluate.evaluate(thinker, test_rows, out, limit=c.TEST_ROWS, **scoring)
             if rank == 0:
                 evaluate.print_table(summary)
-                evaluate.draw(thinker, test_rows, out, run.log)
+                evaluate.draw(thinker, test_rows, out, run.log, train_rows=rows)
                 print0(f"{out}/summary.json, {out}/picture.png, {out}/report.html")
     end_distributed()

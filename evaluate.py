@@ -570,7 +570,9 @@ def draw(model, rows, out, log="", samples=8, train_rows=None, overlays=3000):
         for index in evenly_spaced(indices, max(1, samples // 2)):
             drawings.append(draw_row(model, rows, index, settings, readout))
     if settings.video != "none":
-        draw_picture([drawings[0], drawings[-1]]).save(out / "picture.png")
+        # the right answer with most imagery, and a wrong one
+        most = max(drawings[: max(1, samples // 2)], key=lambda drawing: len(drawing.blocks))
+        draw_picture([most, drawings[-1]]).save(out / "picture.png")
 
     # controls of the same weights only, not of another run's
     for file in sorted(out.parent.glob(f"{out.name}_*/summary.json")):

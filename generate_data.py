@@ -64,14 +64,14 @@ QUESTIONS = ""  # 4DRL rows of the release (jsonl) or DSR-Train's (json, parquet
 VIDEOS = ""  # folder of mp4 files, searched through all its folders, or SpatialVID's own
 # data
 SOURCE = "toy"  # "toy" | "spatialvid" | "videos" | "questions"
-TRAIN_CLIPS = 8000  # >= 0; clips of train_*.jsonl (ours)
+TRAIN_CLIPS = 9000  # >= 0; clips of train_*.jsonl (ours)
 TEST_CLIPS = 500  # >= 0; clips of test_*.jsonl, never seen in training (ours)
 RL_TRAIN_CLIPS = 3000  # >= 0; clips of rl_train.jsonl (ours)
 RL_TEST_CLIPS = 250  # >= 0; clips of rl_test.jsonl (ours)
 P_OBJECT_CLIP = 0.6  # 0 to 1; share of clips asked about objects (rl: both), others about the camera (ours)
 P_CAMERA = (0.45, 0.35, 0.20)  # 0 to 1, sum 1; camera clips: one movement, two at once, two segments (ours)
 P_OBJECT = (0.2, 0.3)  # 0 to 1; object clips: the camera moves too; two moving objects (ours)
-P_FOLLOW = 0.35  # 0 to 1; share of clips with four look-alikes that change places, for any split (ours)
+P_FOLLOW = 0.4  # 0 to 1; share of clips with four look-alikes that change places, for any split (ours)
 P_ASKED = (0.15, 0.15, 0.15)  # 0 to 1; moving objects: distance, not direction; a box; speed too (ours)
 EXCHANGES = (1, 4)  # 0 to 20, rising; fewest and most exchanges of look-alikes in train and test clips (ours)
 RL_EXCHANGES = (3, 4)  # 0 to 20, rising; the same in rl clips (ours)
@@ -111,7 +111,7 @@ CUE_SLACK = 0.05  # >= 0; Eq. 3: displacement against a camera label, in frames,
 DROP_CONTRADICTED = True  # False: rows whose camera label is contradicted stay, flagged (ours)
 HELD_OUT = 0.25  # 0 to 1; share of the scenes that go to test_*.jsonl (ours)
 # overlay
-ALPHA = 0.4  # 0 to 1; Eq. 1 (release)
+ALPHA = 0.6  # 0 to 1; Eq. 1 (ours: the toy's frames are small; release: 0.4)
 OVERLAY_COLOUR = (255, 0, 0)  # 0 to 255; Eq. 1, RGB (release)
 # logging
 INSPECT = 0  # >= 0; rows of train_imagery.jsonl drawn into OUT/inspect.png (ours)
@@ -364,7 +364,7 @@ def overlay_name(clip, thing, frame):
 
 
 def write_thought(rng, phrases, thing, times, label, gap):
-    """The chain of thought: a step for each keyframe's time, `gap` with the placeholder after it, the label."""
+    """The chain of thought: a step for each keyframe's time, `gap` (the placeholder) after it, the label."""
     thought = ""
     for number, t in enumerate(times):
         opening = "open" if number == 0 else "link"

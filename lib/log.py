@@ -119,13 +119,16 @@ def in_percent(score):
 
 def log_line(entry, terms, steps, weights):
     """One step as a line of the log; terms: names of the parts of the loss, weights: {name: weight}."""
-    retrieval = math.nan if entry["retrieval"] is None else entry["retrieval"]
+    shares = []
+    for name in ("retrieval", "object"):
+        value = entry.get(name)
+        shares.append(f"{name} {math.nan if value is None else value:.2f}")
     rate = entry["tokens"] / entry["seconds"] / 1e3
     cells = [
         f"step {entry['step']:5d}/{steps}",
         f"loss {entry['loss']:.4f} = {weighted_terms(entry, terms, weights)}",
         f"cosine {entry['cosine']:.2f}",
-        f"retrieval {retrieval:.2f}",
+        *shares,
         f"gnorm {entry['gnorm']:.2f}",
         f"lr {entry['lr']:.1e}",
         f"latents {entry['latents']:.1f}",

@@ -21,7 +21,7 @@ from lib.scores import Result, as_percent, describe_summary, subtasks_in_order
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report.html"
 # fields of a training log that are drawn as curves
-CURVES = "loss ce sim cosine retrieval gnorm lr reward acc fmt holdout length kl entropy".split()
+CURVES = "loss ce sim cosine retrieval object gnorm lr reward acc fmt holdout length kl entropy".split()
 FRAME_WIDTH = 194  # pixels
 FRAMES = 8  # frames drawn of a video at most, evenly spaced
 ACROSS = 8  # key frames in a line at most
