@@ -78,7 +78,8 @@ STAGES = [  # name, kinds of rows ("plain": far drills of short options), steps,
     ("settle", "grounding fine cells colour near far options", 200, 1.5e-3, "all"),
     ("slots", "near far options", 200, 1e-3, "letters"),
     ("last", "grounding colour near far options", 250, 1e-3, "all"),
-    ("bind", "grounding colour far options bind", 300, 1e-3, "all"),
+    ("bind", "far options bind", 300, 3e-4, "letters"),
+    ("final", "grounding colour near far options bind", 150, 1e-3, "all"),
 ]
 MOST_STEPS = 0  # >= 0; steps of a stage at most, for a trial; 0: as STAGES says
 GLOBAL_BATCH = 32  # >= 1; rows of one step
