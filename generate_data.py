@@ -457,8 +457,9 @@ def follow_rows(rng, clip, count):
     for thing in rng.permutation(clip.moving).tolist()[:count]:
         slots = clip.slots[thing]
         moved = sum(now != then for now, then in zip(slots, slots[1:]))
-        end = vocabulary.SLOTS[slots[-1]]
-        options = [end, *[slot for slot in vocabulary.SLOTS if slot != end]]
+        places = vocabulary.VOCABULARY["follow"]
+        end = places[slots[-1]]
+        options = [end, *[place for place in places if place != end]]
         name = "follow_" + thing.replace(" ", "-")
         drafts.append(make_row(rng, clip, f"follow_{moved}", thing, keyframes, options, name))
     return drafts

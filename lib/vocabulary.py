@@ -89,7 +89,9 @@ SHAPES = {  # radius (of a box: half its width) and half the height, metres
 
 # Words for fifths of the frame, and for the square root of the area between these edges.
 X_WORDS = ["leftmost", "left", "middle", "right", "rightmost"]
-SLOTS = ["Far Left", "Left", "Right", "Far Right"]  # of four look-alikes side by side
+# Places of four look-alikes side by side: what questions call them, and the option. Letters bind to options
+# of these words, and not to words such as "leftmost", which in turn are grounded.
+SLOTS = {"leftmost": "Far Left", "left": "Left", "right": "Right", "rightmost": "Far Right"}
 Y_WORDS = ["top", "upper", "center", "lower", "bottom"]
 SIZE_WORDS = ["tiny", "small", "medium", "large", "huge"]
 SIZE_EDGES = [0.17, 0.21, 0.245, 0.29]
@@ -131,7 +133,7 @@ VOCABULARY = {
     "direction": list(DIRECTIONS),
     "distance": list(DISTANCES),
     "speed": list(SPEEDS),
-    "follow": SLOTS,
+    "follow": list(SLOTS.values()),
     "colour": list(COLOURS),
     "shape": list(SHAPES),
 }

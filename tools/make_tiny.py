@@ -227,7 +227,12 @@ def drill(rng, near, size):
     """
     question = ["Write labels and find their letters."]
     answer = []
-    labels = [*vocabulary.COLOURS, *vocabulary.MOVES, *vocabulary.DIRECTIONS, *vocabulary.SLOTS]
+    labels = [
+        *vocabulary.COLOURS,
+        *vocabulary.MOVES,
+        *vocabulary.DIRECTIONS,
+        *vocabulary.VOCABULARY["follow"],
+    ]
     gaps = ("", "\n") if near else ("", "\n", ".\n", ".</think>\n<answer>")
     for _ in range(3 if near else 1):
         if near or rng.random() < 0.5:
@@ -253,7 +258,7 @@ def bind_texts(rng):
     thing = f"{rng.choice(list(vocabulary.COLOURS))} {rng.choice(list(vocabulary.SHAPES))}"
     count = int(rng.integers(2, 4))
     if kind == "follow":
-        thing = f"{rng.choice(vocabulary.SLOTS)} {thing}"
+        thing = f"{rng.choice(list(vocabulary.SLOTS))} {thing}"
         count = int(rng.integers(3, 14))
     times = [generate_data.format_seconds(second) for second in range(1, 2 * count, 2)]
     question = generate_data.pick_phrase(rng, phrases["ask"], thing=thing, a=times[0], b=times[-1])
