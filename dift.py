@@ -55,8 +55,8 @@ K = 8  # 0 to 4096; latents per image (release: 4); 0: a stage without imagery (
 POOLING = "grid"  # grid (ours) or strips (paper): how overlay tokens become K latents, Eq. 5
 MATCH_NORM = True  # at inference, hidden states are fed back with the mean norm of the last targets (ours)
 # --- optimisation
-STEPS = 3500  # >= 0; optimiser steps
-GLOBAL_BATCH = 8  # >= 1; rows of one step over all devices (release)
+STEPS = 5000  # >= 0; optimiser steps
+GLOBAL_BATCH = 4  # >= 1; rows of one step over all devices (release: 8)
 MICRO_BATCH = 4  # >= 1; rows of one forward pass on one device; accumulation follows from it
 LR = 2e-3  # > 0, <= 100; peak learning rate (release: 1e-5 for the 3B model)
 WARMUP = 100  # >= 0; steps of linear warm-up, then linear decay to zero (release: 10)
