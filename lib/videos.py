@@ -26,6 +26,13 @@ def require_decord():
     require(find_spec("decord"), "Videos need decord: pip install decord==0.6.0, on ARM eva-decord.")
 
 
+def frame_times(path):
+    """Seconds of all frames of a video (n,); errors as of decode_frames."""
+    require_decord()
+    reader = import_module("decord").VideoReader(str(path), num_threads=1)
+    return reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(float)
+
+
 def decode_frames(path, fps=1.0, most=None, indexes=None):
     """A video's frames, one after the other: (PIL image, its true time in seconds).
 
