@@ -98,7 +98,7 @@ TIMEOUT = 120.0  # > 0, <= 86400; seconds that one request may take, reply inclu
 SAMPLE_FPS = 4.0  # > 0, <= 1e3; frames a second of videos without indexes.txt (ours; paper: 1)
 WINDOW = 8  # >= 4; frames of one clip of such a video; longer shots give several that overlap by half (ours)
 MAX_FRAMES = 50  # >= 4; annotated clips with more frames are skipped (release)
-MAX_JUMP = 0.5  # 0 to 1; share of the colours that changes from a frame to the next at a cut (ours)
+MAX_JUMP = 0.15  # 0 to 1; share of the colours that changes at a cut (ours)
 MIN_CONFIDENCE = 0.35  # 0 to 1; least score of an object row without poses and depth (ours)
 MAX_SIDE = 160  # >= 1; longer side of the stored frames, pixels (ours)
 MIN_MASK = 0.001  # 0 to 1; Eq. 2: least area of a mask, share of the frame (release)
@@ -866,7 +866,8 @@ def write_split(out, split, drafts):
 def write_files(out, drafts, dropped, constants):
     """{split: drafts} -> the jsonl files and, last, meta.json with constants and counts."""
     for reason, names in dropped.items():
-        print(f"\ndropped: {len(names)} {reason}, such as {', '.join(names[:3])}", end="")
+        examples = list(dict.fromkeys(names))[:3]
+        print(f"\ndropped: {len(names)} {reason}, such as {', '.join(examples)}", end="")
     counts = {split: write_split(out, split, rows) for split, rows in drafts.items()}
     write_json(out / "meta.json", {"constants": constants, "counts": counts, "dropped": dropped})
 

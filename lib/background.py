@@ -6,6 +6,8 @@ brightness itself, coarse to fine, with weights that let what moves by itself dr
 1995). What is left is measured by the optical flow of Lucas and Kanade (1981), on top of the homography.
 """
 
+import functools
+
 import numpy as np
 from PIL import Image
 
@@ -48,16 +50,19 @@ def resize_masks(masks, shape):
 
 def box_mean(image, side):
     """image (H, W) -> the mean over the square of this odd side around each pixel, inside the image."""
-    half = side // 2
-    rim = ((half + 1, half), (half + 1, half))
-    sums = window_sums(np.pad(image.astype(float), rim), side)
-    counts = window_sums(np.pad(np.ones(image.shape), rim), side)
-    return sums / counts
+    return window_sums(image.astype(float), side) / window_counts(image.shape, side)
 
 
-def window_sums(padded, side):
-    """An image with a rim (H + side, W + side) -> sums over squares of this side (H, W)."""
-    total = padded.cumsum(0).cumsum(1)
+@functools.cache
+def window_counts(shape, side):
+    """How many pixels of an image lie in the square of this side around each, (H, W)."""
+    return window_sums(np.ones(shape), side)
+
+
+def window_sums(image, side):
+    """image (H, W) -> sums over the square of this odd side around each pixel (H, W)."""
+    rim = (side // 2 + 1, side // 2)
+    total = np.pad(image, (rim, rim)).cumsum(0).cumsum(1)
     columns = total[:, side:] - total[:, :-side]
     return columns[side:] - columns[:-side]
 

@@ -257,12 +257,12 @@ def judge_distance(track):
 
 
 def judge_box(track):
-    """Track -> ("", margin 0 to 1): the mask at the end is as large as it was before, and the thing whole.
+    """Track -> ("", margin 0 to 1): the masks are of one size, and show the whole thing.
 
     Of what moves by less than its own size some may be taken for the background.
     """
     areas = track.masks.sum((1, 2))
-    change = abs(np.log(areas[-1] / np.median(areas[-LEAST_FRAMES:])))
+    change = np.abs(np.log(areas / np.median(areas))).max()
     size = np.sqrt(np.median(areas)) / track.masks.shape[2]  # frame widths
     way = np.hypot(*(track.path[-1] - track.path[0]))
     return "", min(rise(change, np.log(1.5), 0), rise(way / size, 0.2, 1))

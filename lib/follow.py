@@ -273,14 +273,17 @@ def sharpen(frames, found, moving, to_first):
     """Rough masks (T, H, W) of one thing -> its outline, by what has changed and by its colours.
 
     The thing's colours are those of its changed pixels, the background's those of the ring around it. What
-    has changed counts unless its colour is the background's; a slow thing's middle, which has not changed,
-    counts if its colour is the thing's.
+    has changed around the rough mask counts unless its colour is the background's or it is of another moving
+    thing; a slow thing's middle, which has not changed, counts if its colour is the thing's.
     """
     visible = np.flatnonzero(found.any((1, 2)))
     changed = find_changed(frames.astype(float), to_first, visible)
     ring = np.zeros_like(found)
+    around = np.zeros_like(found)
     for t in visible:
-        ring[t] = widen(found[t], RING) & ~widen(moving[t], 5)
+        wide = widen(found[t], RING)
+        ring[t] = wide & ~widen(moving[t], 5) & ~changed[t]
+        around[t] = wide & ~(moving[t] & ~widen(found[t], 5))
     certain = found & changed
     if certain.sum() < 0.35 * found.sum():
         certain = found
@@ -293,9 +296,11 @@ def sharpen(frames, found, moving, to_first):
     outlines = np.zeros_like(found)
     for t in visible:
         likely = box_mean(log_ratio[numbers[t]], 5)
-        mask = changed[t] & (likely > -0.5) | (likely > 0.7)
-        mask = box_mean(mask & widen(found[t], 5), 5) > 0.5
-        outlines[t] = next(iter(list_regions(mask)), mask & False)
+        mask = changed[t] & around[t] & (likely > -0.5)
+        mask |= widen(found[t], 5) & (likely > 0.7)
+        regions = list_regions(box_mean(mask, 5) > 0.5)
+        if regions:
+            outlines[t] = max(regions, key=lambda region: (region & found[t]).sum())
     return outlines
 
 

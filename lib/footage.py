@@ -151,29 +151,30 @@ def read_frames(path, most_side, shown, others=()):
 
 
 def find_cuts(frames, max_jump):
-    """Frames (T, H, W, 3) -> numbers of those that begin another shot.
+    """Frames (M, H, W, 3) in close succession -> numbers of those that begin another shot.
 
-    There more than max_jump of the colours change, and twice as many as around: where things have moved in a
-    shaken picture its colours stay, and in one that is swept about they change all the time.
+    There more than max_jump of the colours change at once, and three times as many as around. A shaken
+    picture keeps its colours; one that is swept about changes them all the time.
     """
     shares = np.array([colour_shares(colour_numbers(frame).ravel()) for frame in frames])
     changes = 1 - np.minimum(shares[1:], shares[:-1]).sum(1)
     cuts = []
     for t, change in enumerate(changes):
-        around = [*changes[max(0, t - 2) : t], *changes[t + 1 : t + 3]]
-        if change > max_jump and change > 2 * np.median(around or [0]):
+        around = [*changes[max(0, t - 3) : t], *changes[t + 1 : t + 4]]
+        if change > max_jump and change > 3 * np.median(around or [0]):
             cuts.append(t + 1)
     return cuts
 
 
-def split_into_windows(frames, window, max_jump):
-    """Frames (T, H, W, 3) -> numbers of each clip's frames: `window` of a shot, overlapping by half.
+def split_into_windows(dense, places, window, max_jump):
+    """All frames (M, H, W, 3), the numbers of T among them -> those of each clip, numbers among the T.
 
-    Three frames are no clip.
+    A clip is `window` frames of a shot, overlapping by half; three frames are none.
     """
+    cuts = np.searchsorted(places, find_cuts(dense, max_jump))
     half = window // 2
     windows = []
-    for shot in np.split(np.arange(len(frames)), find_cuts(frames, max_jump)):
+    for shot in np.split(np.arange(len(places)), cuts):
         if len(shot) > 3:
             starts = range(0, max(1, len(shot) - half), half)
             windows += [shot[start : start + window] for start in starts]
@@ -211,7 +212,7 @@ def read_shots(c, job, name):
             return None
         windows = [np.arange(len(frames))]
     else:
-        windows = split_into_windows(frames, c.WINDOW, c.MAX_JUMP)
+        windows = split_into_windows(dense, places, c.WINDOW, c.MAX_JUMP)
     shots = []
     for window in windows:
         first, last = places[window[0]], places[window[-1]]

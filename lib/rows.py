@@ -39,6 +39,7 @@ class Row:
     video: str = ""  # video file of a row that has no frames yet
     source: str = ""  # "file:line", for error sentences
     supervise: str = "all"  # all | letters: which of the answer's tokens the text loss sees
+    confidence: dict = field(default_factory=dict)  # {score: 0 to 1}, of an object in real footage
     skip_reason: str = ""  # why a benchmark's question cannot be asked
     release_fields: dict = field(default_factory=dict)  # what the release writes beside an answer (DSR)
 
@@ -99,6 +100,9 @@ def to_row(raw, source, folder):
     shown = quote(supervise)
     require(known, f"{source}: 'supervise' is '{shown}'; it must be \"all\" or \"letters\".")
 
+    confidence = raw.get("confidence", {})
+    is_known = isinstance(confidence, dict)
+    require(is_known, f"{source}: 'confidence' must be an object, got {quote(confidence)}; correct the row.")
     video = ""
     if not frames and raw.get("video_path"):
         video = str(folder / str(raw["video_path"]))
@@ -123,6 +127,7 @@ def to_row(raw, source, folder):
         video=video,
         source=source,
         supervise=supervise,
+        confidence=confidence,
     )
 
 
