@@ -20,6 +20,7 @@ WINDOW = 7  # pixels; side of the square that a pixel's flow is measured on
 CELLS = (4, 6)  # rows and columns of cells over a frame
 TEXTURE_SLOPE = 0.12  # of a normalised picture; a steeper pixel has texture
 SAME = 0.3  # of a normalised picture; what differs less is the same
+ENOUGH_EXPLAINED = 0.75  # share of a picture; a homography that explains more is not searched for again
 TUKEY = 4.685  # residuals beyond so many standard deviations have no weight
 # from pixels of a halved picture to those of the picture: a pixel's middle stands at 0
 DOUBLE = np.array([[2, 0, 0.5], [0, 2, 0.5], [0, 0, 1]])
@@ -167,14 +168,18 @@ def stands_still(pictures):
 def fit_homography(a, b):
     """Two normalised pictures (H, W) -> the homography, in pixels, that takes most of a to b.
 
-    Of two starts, no motion and the best shift, the one that ends better counts.
+    The search begins without motion. If that explains little, it begins with the best shift as well.
     """
+    found = climb(np.eye(3), a, b)
+    explained = share_explained(found, a, b)
+    if explained > ENOUGH_EXPLAINED:
+        return found
     levels_a, levels_b = pyramid(a), pyramid(b)
     pixel = 2 ** (len(levels_a) - 1)  # of the smallest level, in pixels
     shift = np.eye(3)
     shift[:2, 2] = pixel * np.array(find_shift(levels_a[-1], levels_b[-1]))
-    found = [climb(start, a, b) for start in (np.eye(3), shift)]
-    return max(found, key=lambda homography: share_explained(homography, a, b))
+    other = climb(shift, a, b)
+    return other if share_explained(other, a, b) > explained else found
 
 
 def share_explained(homography, a, b):

@@ -112,10 +112,30 @@ def turn_error(homography, shape):
     for focal in FOCALS:
         length = focal * max(shape)
         to_pixels = np.array([[length, 0, width / 2], [0, length, height / 2], [0, 0, 1]])
-        left, _, right = np.linalg.svd(np.linalg.inv(to_pixels) @ homography @ to_pixels)
-        turn = to_pixels @ (left @ right) @ np.linalg.inv(to_pixels)
+        turn = to_pixels @ turn_like(homography, to_pixels) @ np.linalg.inv(to_pixels)
         errors.append(corner_shift(homography, turn, shape))
     return min(errors)
+
+
+def turn_like(homography, to_pixels):
+    """The rotation (3, 3) that does to the frame's middle what a homography does: where it goes, its roll.
+
+    to_pixels: K, rays to pixels.
+    """
+    # The least turn R of the ray z ahead to where it goes, d: with v = z x d it is 1 + [v] + [v][v] / (1 + z d).
+    to_rays = np.linalg.inv(to_pixels)
+    ahead = to_rays @ homography @ to_pixels @ [0, 0, 1]
+    ahead = ahead / np.linalg.norm(ahead)
+    cross = np.array([[0, 0, ahead[0]], [0, 0, ahead[1]], [-ahead[0], -ahead[1], 0]])
+    least = np.eye(3) + cross + cross @ cross / (1 + ahead[2])
+
+    # The roll is the angle by which the horizon through the middle differs.
+    angles = []
+    for mapping in (homography, to_pixels @ least @ to_rays):
+        ends = [move_points(mapping, *(to_pixels @ [side, 0, 1])[:2]) for side in (-0.1, 0.1)]
+        angles.append(np.arctan2(*np.subtract(ends[1], ends[0])[::-1]))
+    sin, cos = np.sin(angles[0] - angles[1]), np.cos(angles[0] - angles[1])
+    return least @ [[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]
 
 
 def centre_of(mask):
@@ -145,8 +165,7 @@ def measure_track(frames, masks, run, onwards):
     """Small frames (T, h, w, 3), masks (T, h, w), the numbers of a run of frames, Pairs -> Track."""
     shape = masks.shape[1:]
     width = shape[1]
-    to_first = homographies_to_first(onwards)
-    to_start = [np.linalg.inv(to_first[run[0]]) @ to_first[t] for t in run]
+    to_start = homographies_to_first(frames[run], [onwards[t] for t in run[:-1]])
     centres = [centre_of(masks[t]) for t in run]
     path = np.array([move_points(home, *centre) for home, centre in zip(to_start, centres)])
 

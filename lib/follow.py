@@ -13,6 +13,7 @@ from lib.background import (
     box_mean,
     fit_homography,
     improve_flow,
+    improve_homography,
     measure_flow,
     move_points,
     normalise,
@@ -20,6 +21,7 @@ from lib.background import (
     resize_masks,
     sample,
     scaled,
+    share_explained,
     split_into_cells,
     stands_still,
 )
@@ -32,6 +34,7 @@ LEAST_OVERLAP = 0.35  # of a region and where the one before went, intersection 
 STARTS = 3  # largest regions of each frame that are followed from there
 COLOUR_STEPS = 8  # of each channel, for shares of colours
 LEAST_CHANGE = 14.0  # of 255; what differs less from the background has not changed
+GROWTH = 13  # pixels; an outline reaches no farther than this wide a square around a rough mask
 RING = 21  # pixels; a thing's surroundings are what this wide a square around it reaches
 
 
@@ -132,12 +135,28 @@ def noise_of(flow, has_texture):
     return 1.48 * float(np.quantile(medians, 0.25)) if len(medians) >= 3 else np.inf
 
 
-def homographies_to_first(onwards):
-    """Pairs t to t + 1 -> homographies (T, 3, 3) from each frame to the first."""
+def homographies_to_first(frames, onwards):
+    """Small frames (T, h, w, 3), Pairs t to t + 1 -> homographies (T, 3, 3) from each frame to the first.
+
+    Each is fitted once more to the two frames themselves: what is chained adds up its errors.
+    """
+    first, *others = [normalise(frame.mean(-1)) for frame in frames]
     chain = [np.eye(3)]
-    for pair in onwards:
-        chain.append(scaled(chain[-1] @ np.linalg.inv(pair.homography)))
+    for picture, pair in zip(others, onwards):
+        homography = scaled(chain[-1] @ np.linalg.inv(pair.homography))
+        if not np.allclose(homography, np.eye(3)):
+            homography = improve_if_seen(homography, picture, first)
+        chain.append(homography)
     return np.stack(chain)
+
+
+def improve_if_seen(homography, a, b):
+    """A homography from a to b (H, W) -> a better one, if it is one: the two may show little in common."""
+    better = homography
+    for _ in range(6):
+        better = improve_homography(better, a, b, 8)
+    is_better = share_explained(better, a, b) > share_explained(homography, a, b)
+    return better if is_better else homography
 
 
 # ---------------------------------------------------------------- regions
@@ -283,7 +302,7 @@ def sharpen(frames, found, moving, to_first):
     for t in visible:
         wide = widen(found[t], RING)
         ring[t] = wide & ~widen(moving[t], 5) & ~changed[t]
-        around[t] = wide & ~(moving[t] & ~widen(found[t], 5))
+        around[t] = widen(found[t], GROWTH) & ~(moving[t] & ~widen(found[t], 5))
     certain = found & changed
     if certain.sum() < 0.35 * found.sum():
         certain = found
@@ -310,5 +329,5 @@ def masks_of_one_thing(shot, onwards, backwards):
     found = follow_largest(onwards, backwards)
     if found.any():
         moving = find_moving(onwards, backwards)
-        found = sharpen(frames, found, moving, homographies_to_first(onwards))
+        found = sharpen(frames, found, moving, homographies_to_first(frames, onwards))
     return resize_masks(found, shot.frames.shape[1:3])
