@@ -18,10 +18,11 @@ from lib.follow import (
     homographies_to_first,
     list_regions,
     measure_pairs,
+    overlap,
     widen,
 )
 from lib.footage import UNNAMED
-from lib.geometry import object_labels, view_width
+from lib.geometry import mask_box, object_labels, view_width
 from lib.vocabulary import DIRECTIONS, DISTANCES, ID_TAGS
 
 LEAST_FRAMES = 4  # in a row, in which a thing is seen whole
@@ -34,6 +35,7 @@ TURN_ERROR = (
 LEAST_EXPLAINED = 0.85  # share of the frame outside of the thing that moves with the background
 OTHER_SIZE = 0.3  # another moving region of this share of the thing's size is another moving thing
 OTHER_FRAMES = 0.3  # share of the frames in which there may be one
+HALO = 3  # pixels; what moves is found so far beyond the thing
 FOCALS = (0.6, 0.75, 0.9, 1.1, 1.4, 1.8, 2.5, 4.0)  # focal lengths that are tried, in longer sides
 
 FLAWS = {
@@ -66,6 +68,7 @@ class Track:
     growth: np.ndarray  # (3,) log growth from first to last by the flow, the area and the height
     strength: float  # flow inside the masks over the background's noise, the median of all frames
     slip: float  # most that a step's centre differs from where the flow leads, in roots of the area
+    wholeness: float  # of the last mask: how much of what moves there it bounds, intersection over union
     camera_way: float  # frame widths; the farthest that a corner of the background moves
     turn_error: float  # frame widths; how far off the best turn of a camera is from it
 
@@ -122,7 +125,7 @@ def turn_like(homography, to_pixels):
 
     to_pixels: K, rays to pixels.
     """
-    # The least turn R of the ray z ahead to where it goes, d: with v = z x d it is 1 + [v] + [v][v] / (1 + z d).
+    # The least turn of the ray z ahead to where it goes, d: with v = z x d, 1 + [v] + [v][v] / (1 + z d).
     to_rays = np.linalg.inv(to_pixels)
     ahead = to_rays @ homography @ to_pixels @ [0, 0, 1]
     ahead = ahead / np.linalg.norm(ahead)
@@ -161,8 +164,24 @@ def growth_by_flow(pair, mask):
     return float(np.log(max(scale, 0.1)))
 
 
-def measure_track(frames, masks, run, onwards):
-    """Small frames (T, h, w, 3), masks (T, h, w), the numbers of a run of frames, Pairs -> Track."""
+def wholeness(mask, moving):
+    """mask (H, W), what moves (H, W) -> overlap of the mask's box with that of the moving region it is in.
+
+    A region reaches HALO pixels beyond the thing. Little is left out where the two boxes are alike.
+    """
+    inside = [region for region in list_regions(moving) if (region & mask).any()]
+    if not inside:
+        return 0.0
+    x1, y1, x2, y2 = np.add(mask_box(np.any(inside, 0)), [HALO, HALO, -HALO, -HALO])
+    whole, own = np.zeros_like(mask), np.zeros_like(mask)
+    whole[y1:y2, x1:x2] = True
+    x1, y1, x2, y2 = mask_box(mask)
+    own[y1:y2, x1:x2] = True
+    return float(overlap(whole, own))
+
+
+def measure_track(frames, masks, run, onwards, moving):
+    """Small frames (T, h, w, 3), masks and what moves (T, h, w), a run's frame numbers, Pairs -> Track."""
     shape = masks.shape[1:]
     width = shape[1]
     to_start = homographies_to_first(frames[run], [onwards[t] for t in run[:-1]])
@@ -196,6 +215,7 @@ def measure_track(frames, masks, run, onwards):
         growth=np.array(growth),
         strength=float(np.median(strengths)),
         slip=max(slips),
+        wholeness=wholeness(masks[run[-1]], moving[run[-1]]),
         camera_way=corner_shift(camera, np.eye(3), shape),
         turn_error=turn_error(camera, shape),
     )
@@ -284,7 +304,8 @@ def judge_box(track):
     change = np.abs(np.log(areas / np.median(areas))).max()
     size = np.sqrt(np.median(areas)) / track.masks.shape[2]  # frame widths
     way = np.hypot(*(track.path[-1] - track.path[0]))
-    return "", min(rise(change, np.log(1.5), 0), rise(way / size, 0.2, 1))
+    sure = [rise(change, np.log(1.5), 0), rise(way / size, 0.2, 1), rise(track.wholeness, 0.4, 0.9)]
+    return "", min(sure)
 
 
 JUDGES = {"box": judge_box, "direction": judge_direction, "distance": judge_distance}
@@ -304,8 +325,8 @@ def weigh(shot, masks, least_confidence):
         return Evidence(shown, reasons=Counter([FLAWS["border"]]))
 
     onwards, backwards = measure_pairs(shot)
-    track = measure_track(small, small_masks, run, onwards)
     moving = find_moving(onwards, backwards)
+    track = measure_track(small, small_masks, run, onwards, moving)
     outside = [moving[t] & ~widen(small_masks[t], 15) for t in run]
     n_others = 0
     for t, mask in zip(run, outside):
