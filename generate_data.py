@@ -98,7 +98,7 @@ TIMEOUT = 120.0  # > 0, <= 86400; seconds that one request may take, reply inclu
 SAMPLE_FPS = 4.0  # > 0, <= 1e3; frames a second of videos without indexes.txt (ours; paper: 1)
 WINDOW = 8  # >= 4; frames of one clip of such a video; longer shots give several that overlap by half (ours)
 MAX_FRAMES = 50  # >= 4; annotated clips with more frames are skipped (release)
-MAX_JUMP = 0.15  # 0 to 1; share of the colours that changes at a cut (ours)
+CUT_CHANGE = 0.15  # 0 to 1; share of the colours that changes at a cut (ours)
 MIN_CONFIDENCE = 0.4  # 0 to 1; least score of an object row without poses and depth (ours)
 MAX_SIDE = 160  # >= 1; longer side of the stored frames, pixels (ours)
 MIN_MASK = 0.001  # 0 to 1; Eq. 2: least area of a mask, share of the frame (release)

@@ -150,10 +150,10 @@ def read_frames(path, most_side, shown, others=()):
     return np.stack(frames), np.round(times, 3), np.stack(small)
 
 
-def find_cuts(frames, max_jump):
+def find_cuts(frames, cut_change):
     """Frames (M, H, W, 3) in close succession -> numbers of those that begin another shot.
 
-    There more than max_jump of the colours change at once, and three times as many as around. A shaken
+    There more than cut_change of the colours change at once, and three times as many as around. A shaken
     picture keeps its colours; one that is swept about changes them all the time.
     """
     shares = np.array([colour_shares(colour_numbers(frame).ravel()) for frame in frames])
@@ -161,17 +161,17 @@ def find_cuts(frames, max_jump):
     cuts = []
     for t, change in enumerate(changes):
         around = [*changes[max(0, t - 3) : t], *changes[t + 1 : t + 4]]
-        if change > max_jump and change > 3 * np.median(around or [0]):
+        if change > cut_change and change > 3 * np.median(around or [0]):
             cuts.append(t + 1)
     return cuts
 
 
-def split_into_windows(dense, places, window, max_jump):
+def split_into_windows(dense, places, window, cut_change):
     """All frames (M, H, W, 3), the numbers of T among them -> those of each clip, numbers among the T.
 
     A clip is `window` frames of a shot, overlapping by half; three frames are none.
     """
-    cuts = np.searchsorted(places, find_cuts(dense, max_jump))
+    cuts = np.searchsorted(places, find_cuts(dense, cut_change))
     half = window // 2
     windows = []
     for shot in np.split(np.arange(len(places)), cuts):
@@ -212,7 +212,7 @@ def read_shots(c, job, name):
             return None
         windows = [np.arange(len(frames))]
     else:
-        windows = split_into_windows(dense, places, c.WINDOW, c.MAX_JUMP)
+        windows = split_into_windows(dense, places, c.WINDOW, c.CUT_CHANGE)
     shots = []
     for window in windows:
         first, last = places[window[0]], places[window[-1]]

@@ -233,11 +233,11 @@ def judge_labels(seen, masks, labels, places, truth):
 
 
 def test_labels_of_toy_videos_are_true(tmp_path):
-    """A camera that turns and travels, no masks: what is asked is right."""
-    seen, with_rows = toy_video_labels(range(8), tmp_path)
-    print(dict(seen), with_rows, "of 8 clips gave a row")
+    """A camera that turns and travels, no masks: nearly always silent, and what is asked is right."""
+    seen, with_rows = toy_video_labels(range(3), tmp_path)
+    print(dict(seen), with_rows, "of 3 clips gave a row")
     right = sum(count for (_, verdict), count in seen.items() if verdict == "right")
-    assert right >= 2 and right >= 0.85 * seen.total()
+    assert right >= 0.95 * seen.total()
 
 
 # ---------------------------------------------------------------- cuts
@@ -251,9 +251,9 @@ def test_a_shaken_camera_has_no_cuts_and_a_cut_is_one():
     for _ in range(16):
         x, y = rng.integers(120, 152), rng.integers(80, 98)
         shaken.append(ground[y : y + 90, x : x + 160])
-    assert find_cuts(np.stack(shaken), gd.MAX_JUMP) == []
+    assert find_cuts(np.stack(shaken), gd.CUT_CHANGE) == []
     other = np.stack([frame // 3 + 100 for frame in shaken])
-    assert find_cuts(np.concatenate([shaken, other]), gd.MAX_JUMP) == [16]
+    assert find_cuts(np.concatenate([shaken, other]), gd.CUT_CHANGE) == [16]
 
 
 def test_frames_between_are_chosen_evenly():
