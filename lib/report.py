@@ -257,6 +257,7 @@ def make_page(summary, drawings, entries):
     scores = summary.get("scores", {})
     subtasks = subtasks_in_order([drawing.result for drawing in drawings])
     facts = describe_summary(summary) if scores else []
+    facts = [*summary.get("notes", []), *facts]
     parts = {
         "facts": [fill_part("fact", text=line) for line in facts],
         "bars": [fill_part("bar", name=name, **as_percent(score)) for name, score in scores.items()],

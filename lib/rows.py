@@ -39,6 +39,7 @@ class Row:
     video: str = ""  # video file of a row that has no frames yet
     source: str = ""  # "file:line", for error sentences
     supervise: str = "all"  # all | letters: which of the answer's tokens the text loss sees
+    confidence: dict = field(default_factory=dict)  # {score: 0 to 1}, of an object in real footage
     skip_reason: str = ""  # why a benchmark's question cannot be asked
     overlay_frames: list = field(default_factory=list)  # of each overlay the index of its frame, if known
     overlay_things: list = field(default_factory=list)  # of each overlay what it highlights, if known
@@ -115,6 +116,9 @@ def to_row(raw, source, folder):
     shown = quote(supervise)
     require(known, f"{source}: 'supervise' is '{shown}'; it must be \"all\" or \"letters\".")
 
+    confidence = raw.get("confidence", {})
+    is_known = isinstance(confidence, dict)
+    require(is_known, f"{source}: 'confidence' must be an object, got {quote(confidence)}; correct the row.")
     video = ""
     if not frames and raw.get("video_path"):
         video = str(folder / str(raw["video_path"]))
@@ -141,6 +145,7 @@ def to_row(raw, source, folder):
         supervise=supervise,
         overlay_frames=read_overlay_frames(raw, source, len(overlays)),
         overlay_things=read_overlay_things(raw, source, len(overlays)),
+        confidence=confidence,
     )
 
 

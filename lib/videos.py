@@ -18,12 +18,30 @@ from lib.files import UNFINISHED, evenly_spaced, keep_first
 
 PIECE = 8  # frames decoded at once: so many lie in memory at full size
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of a video that is a folder of images
+LONGEST_VIDEO = 1e7  # seconds
 LONGEST_NAME = 200  # bytes of a name in the cache; file systems allow 255
 
 
 def require_decord():
     """Ends the program with the install line unless decord is there."""
     require(find_spec("decord"), "Videos need decord: pip install decord==0.6.0, on ARM eva-decord.")
+
+
+def frame_times(path):
+    """Seconds of all frames of a video (n,); errors as of decode_frames."""
+    require_decord()
+    return read_times(import_module("decord").VideoReader(str(path), num_threads=1))
+
+
+def read_times(reader):
+    """Seconds of all frames of an open video (n,): its timestamps, or by its rate where it has none.
+
+    For an AVI without timestamps decord says -3e17 for each frame.
+    """
+    times = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(float)
+    if len(times) and (times < -LONGEST_VIDEO).all():
+        return np.arange(len(times)) / reader.get_avg_fps()
+    return times
 
 
 def decode_frames(path, fps=1.0, most=None, indexes=None):
@@ -36,7 +54,7 @@ def decode_frames(path, fps=1.0, most=None, indexes=None):
     require_decord()
     # decord decodes ahead of what is asked; with one thread that is least, and is given back at the end
     reader = import_module("decord").VideoReader(str(path), num_threads=1)
-    times = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(float)
+    times = read_times(reader)
     if indexes is None:
         indexes = shown_frames(times, fps)
         indexes = evenly_spaced(indexes, most) if most else indexes

@@ -16,13 +16,14 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from lib import videos
-from lib.footage import read_frames
+from lib.footage import choose_frames, read_frames
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 
 begun = peak()
-frames, times = read_frames(sys.argv[1], 24.0, 96)
+shown, _ = choose_frames(videos.frame_times(sys.argv[1]), 24.0, 0)
+frames, times, _ = read_frames(sys.argv[1], 96, shown)
 kept, reason = videos.frames_on_disk(sys.argv[1], sys.argv[2], 24.0, 500)
 print(len(frames), len(kept), peak() - begun)
 """

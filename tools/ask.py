@@ -2,7 +2,7 @@
 
     python -m tools.ask QUESTION="How does it move?" VIDEO_FILE=x.mp4 OPTIONS="left|right"
 
-Prints the answer, and writes OUT/report.html.
+Prints the answer, and writes OUT/report.html. A toy network says that its answers are toy answers.
 """
 
 from evaluate import TrueLatents, describe_run, draw_row, output_folder, to_settings
@@ -43,6 +43,16 @@ FAST = True  # False: exactly the code of model.py, the same numbers
 SEED = 0  # >= 0; of sampling, VIDEO=shuffled, LATENTS=noise
 
 
+def toy_notes(model):
+    """What a reader must know of the answers of a network as small as the bundled one, of a large one []."""
+    weights = sum(parameter.numel() for parameter in model.qwen.parameters())
+    if weights >= 1e8:
+        return []
+    size = f"{weights / 1e6:.1f} million weights"
+    network = f"a toy network of {size}, which has seen a rendered world of balls and boxes"
+    return [f"A toy answer: it is by {network}; about real video it is right by chance at most."]
+
+
 def read_options(text):
     """ "left|right" -> {"A": "left", "B": "right"}; exits unless there are 2 to 6 of them, or none."""
     options = text.split("|") if text else []
@@ -67,7 +77,8 @@ if __name__ == "__main__":
     train_rows = read_twin(c.DATA) if c.READOUT else []
     readout = learn_readout(TrueLatents(model, train_rows), train_rows, c.READOUT)
     drawing = draw_row(model, [row], 0, settings, readout)
-    summary = {"settings": describe_run(model, [row], settings)}
+    notes = toy_notes(model)
+    summary = {"settings": describe_run(model, [row], settings), "notes": notes}
     page = output_folder(c, "ask") / "report.html"
     write_text(page, make_page(summary, [drawing], []))
-    print(drawing.result.text, verdict(row, drawing.result), page, sep="\n")
+    print(drawing.result.text, verdict(row, drawing.result), *notes, page, sep="\n")
