@@ -43,7 +43,7 @@ from PIL import Image
 import lib.rows
 from lib import vocabulary
 from lib.annotator import Annotator, require_url
-from lib.clips import Clip, Draft
+from lib.clips import Clip, Draft, is_in_time_order
 from lib.command_line import override_constants, require, require_choice
 from lib.contact_sheet import draw_sheet
 from lib.evidence import add_moving_object
@@ -523,18 +523,6 @@ def final_row(draft, form):
 
 
 # ---------------------------------------------------------------- validator
-
-
-def is_in_time_order(names, times):
-    """Whether overlays, by the frame numbers in their names, show later and later moments of the clip."""
-    # a frame that the clip does not have is out of order, too
-    previous = -1
-    for name in names:
-        frame = int(re.search(r"f(\d+)\.\w+$", name)[1])
-        if frame >= len(times) or times[frame] <= previous:
-            return False
-        previous = times[frame]
-    return True
 
 
 def validate(row, key=None):

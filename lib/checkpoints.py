@@ -13,7 +13,15 @@ from safetensors.torch import save_file
 
 from lib.command_line import require
 from lib.distributed import all_reduce_sum, barrier, gather_to_rank0, is_rank0, shard_like
-from lib.files import append_jsonl, parse_json, read_json, read_jsonl, remove_folder, remove_leftovers
+from lib.files import (
+    append_jsonl,
+    force_to_disk,
+    parse_json,
+    read_json,
+    read_jsonl,
+    remove_folder,
+    remove_leftovers,
+)
 from lib.files import replace_folder, to_jsonl, write_text
 from lib.loading import EXTRA, MOMENTS, list_checkpoints, read_tensors, remedy_for, step_of
 from lib.safety import take_lock
@@ -79,7 +87,11 @@ def save_checkpoint(out, step, model, record, optimizer=None, keep=KEPT):
             save_file(extra, unfinished / EXTRA)
         if optimizer:
             save_file(moments, unfinished / MOMENTS)
+        # also after a loss of power the older checkpoint goes only when this one is whole on the disk
+        for path in (*unfinished.rglob("*"), unfinished):
+            force_to_disk(path)
         replace_folder(unfinished, folder)
+        force_to_disk(out)
         remove_old_checkpoints(out, folder, keep)
     barrier()
     return folder

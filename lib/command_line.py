@@ -60,6 +60,11 @@ def quote_path(path):
     return f"...{quote(text[3 - QUOTED :])}"
 
 
+def expand_home(path):
+    """A path in the home folder, "~/a", written out; any other as it is, also "~a" and "~1"."""
+    return os.path.expanduser(path) if re.match("~(/|$)", path) else path
+
+
 def require_choice(name, value, choices):
     """Ends the program unless the constant's value is one of the choices."""
     known = ", ".join(choice or '""' for choice in choices)
@@ -106,7 +111,7 @@ def parse_constant(key, text, default):
     if isinstance(default, str):
         is_text = "\0" not in text
         require(is_text, f"{shown} holds a NUL character; leave it out.")
-        return os.path.expanduser(text) if re.match("~(/|$)", text) else text
+        return expand_home(text)
     # what is no literal, or a very deep one, stays text
     try:
         value = ast.literal_eval(text)

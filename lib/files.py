@@ -30,10 +30,28 @@ def write_text(path, text):
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{UNFINISHED}")
     try:
         unfinished.write_text(text, encoding="utf-8")
+        force_to_disk(unfinished)
         os.replace(unfinished, path)
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def force_to_disk(path):
+    """Waits until a file, or the names in a folder, are on the disk.
+
+    Without it a loss of power may leave an empty file under a new name. Some file systems cannot force a
+    folder: then nothing happens.
+    """
+    is_folder = os.path.isdir(path)
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError:
+        if not is_folder:
+            raise
+    finally:
+        os.close(number)
 
 
 def write_json(path, value):

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.command_line import quote, quote_path, require
+from lib.command_line import expand_home, quote, quote_path, require
 
 PLACEHOLDER = "<output_image>"  # in a row's text_output: here stands an overlay
 LETTERS = "ABCDEF"  # of options
@@ -121,7 +121,7 @@ def to_row(raw, source, folder):
     require(is_known, f"{source}: 'confidence' must be an object, got {quote(confidence)}; correct the row.")
     video = ""
     if not frames and raw.get("video_path"):
-        video = str(folder / str(raw["video_path"]))
+        video = str(folder / expand_home(str(raw["video_path"])))
     clip = Path(raw["image_input"][0]).parent.parent.name if frames else Path(video).stem
     answer = re.search(r"<answer>\s*([A-F])\b", text)
     options = read_options(question)
@@ -271,7 +271,11 @@ def with_keys(rows, print=print):
 
 
 def find_file(name, folder, source):
-    """The path as it is, else from the row's file, else without a leading ./data/ (the release's root)."""
+    """The path as it is, else from the row's file, else without a leading ./data/ (the release's root).
+
+    "~/a" is in the home folder, as on the command line.
+    """
+    name = expand_home(name)
     without_root = re.sub(r"^(\./)?data/", "", name)
     # a data set has tens of thousands of files: pathlib takes three times as long
     for candidate in (name, f"{folder}/{name}", f"{folder}/{without_root}"):

@@ -16,7 +16,7 @@ from lib.command_line import quote_path, require
 from lib.distributed import all_gather_list, is_rank0
 from lib.files import UNFINISHED, evenly_spaced, keep_first
 
-PIECE = 8  # frames decoded at once: so many lie in memory at full size
+PIECE = 16  # frames decoded at once: so many lie in memory at full size
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of a video that is a folder of images
 LONGEST_VIDEO = 1e7  # seconds
 LONGEST_NAME = 200  # bytes of a name in the cache; file systems allow 255
@@ -30,7 +30,7 @@ def require_decord():
 def frame_times(path):
     """Seconds of all frames of a video (n,); errors as of decode_frames."""
     require_decord()
-    return read_times(import_module("decord").VideoReader(str(path), num_threads=1))
+    return read_times(open_video(path))
 
 
 def read_times(reader):
@@ -52,16 +52,24 @@ def decode_frames(path, fps=1.0, most=None, indexes=None):
     that the file cannot be used.
     """
     require_decord()
-    # decord decodes ahead of what is asked; with one thread that is least, and is given back at the end
-    reader = import_module("decord").VideoReader(str(path), num_threads=1)
+    reader = open_video(path)
     times = read_times(reader)
     if indexes is None:
         indexes = shown_frames(times, fps)
         indexes = evenly_spaced(indexes, most) if most else indexes
     for start in range(0, len(indexes), PIECE):
         piece = [int(index) for index in indexes[start : start + PIECE]]
-        for index, frame in zip(piece, read_piece(reader, piece)):
+        # While frames are used, an open reader decodes on, up to the end of the video, and keeps it all.
+        reader = reader or open_video(path)
+        frames = read_piece(reader, piece)
+        reader = None
+        for index, frame in zip(piece, frames):
             yield Image.fromarray(frame), float(times[index])
+
+
+def open_video(path):
+    """A decord reader; with one thread it decodes least ahead of what is asked."""
+    return import_module("decord").VideoReader(str(path), num_threads=1)
 
 
 def read_piece(reader, numbers):

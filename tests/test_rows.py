@@ -107,6 +107,17 @@ def test_paths_are_found(tmp_path, name):
     assert Image.open(row.image_output[0]).size == (56, 42)
 
 
+def test_paths_may_begin_in_the_home_folder(tmp_path, monkeypatch):
+    """As on the command line; "~" was a folder of that name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    frames = ["~/c/frames/0.jpg", "~/c/frames/1.jpg"]
+    row = read(tmp_path, raw_row(image_input=frames, image_output=["~/c/o/0.jpg"]))[0]
+    assert row.image_input[0] == str(tmp_path / "c/frames/0.jpg")
+    assert row.image_output == [str(tmp_path / "c/o/0.jpg")]
+    entry = {"Question": "How?", "A": "left", "B": "right", "Correct": "A", "video_path": "~/v.mp4"}
+    assert read(tmp_path, entry)[0].video == str(tmp_path / "v.mp4")
+
+
 def test_a_path_counts_from_the_working_folder_first(tmp_path, monkeypatch):
     draw_image(tmp_path / "elsewhere" / "c" / "o" / "0.jpg", np.random.default_rng(1))
     monkeypatch.chdir(tmp_path / "elsewhere")
