@@ -217,6 +217,8 @@ class Batch:
     videos: list  # frame files of each row that has a video
     overlays: list  # (overlay file,) of each latent block
     source: str  # of the first row, for error sentences
+    has_blind: bool = False  # whether any token is; known on the CPU, so that a GPU need not be waited for
+    has_self_fed: bool = False
     video_features: torch.Tensor | None = None  # (n, D), from here on filled in by VisionCache
     overlay_features: list = field(default_factory=list)  # (N, D) of each overlay
     overlay_grids: list = field(default_factory=list)  # patches (1, h, w) of each overlay
@@ -258,6 +260,8 @@ def collate(samples, pad_id, side="right"):
         videos=[sample.video for sample in samples if sample.video],
         overlays=[(file,) for sample in samples for file in sample.overlays],
         source=samples[0].source,
+        has_blind=bool(masks["is_blind"].any()),
+        has_self_fed=bool(masks["is_self_fed"].any()),
     )
 
 
@@ -447,7 +451,7 @@ class Thinker(nn.Module):
             require_latents(batch, targets)
         x = self.embed(batch, targets)
         mask = bottleneck_mask(batch)
-        if batch.is_self_fed.any():
+        if batch.has_self_fed:
             x = self.embed(batch, self.own_latents(batch, x, mask, targets))
 
         # The hidden state at t - 1 predicts token t, and is what the model imagines for latent position t.
@@ -512,7 +516,7 @@ def bottleneck_mask(batch):
 
     In rows with a bottleneck the text after the first imagery sees question, text and imagery, not the video.
     """
-    if not batch.is_blind.any():
+    if not batch.has_blind:
         return None
     T = batch.ids.shape[1]
     is_before = torch.ones(T, T, dtype=torch.bool, device=batch.ids.device).tril()

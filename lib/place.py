@@ -10,8 +10,12 @@ def place_directions(features, cells, rank=6):
     grid). Share: of the tokens' variance, what is between these means.
     """
     mean = features.mean(dim=0)
-    between = features.view(-1, cells, features.shape[1]).mean(dim=0) - mean  # (cells, D)
-    variance = (features - mean).pow(2).sum(dim=1).mean()
-    share = between.pow(2).sum(dim=1).mean() / variance
-    _, _, directions = torch.linalg.svd(between, full_matrices=False)
+    by_cell = features.unflatten(0, (-1, cells))  # (pairs, cells, D)
+    between = by_cell.mean(dim=0) - mean  # (cells, D)
+
+    # lengths squared: of what is between the cells, and of all
+    place = between.norm(dim=1).square()
+    total = (features - mean).norm(dim=1).square()
+    share = place.mean() / total.mean()
+    directions = torch.linalg.svd(between).Vh
     return mean, directions[:rank], share.item()

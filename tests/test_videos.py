@@ -55,7 +55,7 @@ def greys(count, size=(48, 64)):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is measured as Linux tells it")
 def test_memory_does_not_grow_with_the_video(tmp_path):
-    """None of the frames are kept. With one reader for all pieces 240 frames take several times what 40 take."""
+    """No frame is kept. With one reader for all pieces 240 frames take several times what 40 take."""
     peaks = {}
     for count in (40, 240):
         path = tmp_path / f"{count}.mp4"
