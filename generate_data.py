@@ -77,7 +77,7 @@ P_ASKED = (0.15, 0.15, 0.15)  # 0 to 1; moving objects: distance, not direction;
 EXCHANGES = (1, 4)  # 0 to 20, rising; fewest and most exchanges of look-alikes in train and test clips (ours)
 RL_EXCHANGES = (3, 4)  # 0 to 20, rising; the same in rl clips (ours)
 EXCHANGE = 6  # 2 to 100; frames of one exchange; each frame pair has a key frame (ours)
-FOLLOWED = (2, 4)  # 1 to 4, any order; look-alikes asked about of a train clip, of any other (ours)
+FOLLOWED = (2, 4)  # 1 to 4; look-alikes asked about: of a train clip, of any other (ours)
 OVERLAYS = (2, 3)  # >= 2, rising; fewest and most of a moving object, its ends always in (paper: 2 to 5)
 # toy world
 SIZE = 56  # 8 to 4096; side of a square frame, pixels (ours)

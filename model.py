@@ -124,11 +124,17 @@ class Sample:
     is_latent: torch.Tensor  # (T,) bool
     is_visual: torch.Tensor  # (T,) bool
     is_real: torch.Tensor  # (T,) bool, False only where a batch pads
-    is_blind: torch.Tensor  # (T,) bool, text that does not look at the video (BOTTLENECK of dift.py)
-    is_self_fed: torch.Tensor  # (T,) bool, latents that are read as they are imagined (SELF_FED of dift.py)
     video: tuple = ()  # frame files
     overlays: tuple = ()  # an overlay file for each latent block
     source: str = ""  # "file:line"
+    is_blind: torch.Tensor | None = None  # (T,) bool, text that does not look at the video (BOTTLENECK)
+    is_self_fed: torch.Tensor | None = None  # (T,) bool, latents that are read as imagined (SELF_FED)
+
+    def __post_init__(self):
+        """Without the ablations of dift.py no token is either."""
+        none = torch.zeros_like(self.is_text)
+        self.is_blind = none if self.is_blind is None else self.is_blind
+        self.is_self_fed = none if self.is_self_fed is None else self.is_self_fed
 
 
 def encode_row(model, row, answer=True, blind=False, self_fed=False):

@@ -133,11 +133,15 @@ def test_grounding_rows_name_no_motion(folder):
 
 
 def test_option_rows_are_answered():
-    """Every third text-only question names an option, which answers it; the others are drills."""
-    for number in range(0, 90, 3):
-        three = range(number, number + 3)
-        rows = [make_tiny.option_row("pretrain", one, C.SEED, DATA.SIZE).row for one in three]
-        assert [row["subtask"] for row in rows] == ["near", "far", "options"]
+    """By turns: two drills, a question that names an option, and one whose reasoning names its label."""
+    for number in range(0, 120, 4):
+        four = range(number, number + 4)
+        rows = [make_tiny.option_row("pretrain", one, C.SEED, DATA.SIZE).row for one in four]
+        assert [row["subtask"] for row in rows] == ["near", "far", "options", "bind"]
+        bound = re.search(r"<answer>([A-D])\. (.*)</answer>", rows[3]["text_output"])
+        assert f"{bound[1]}. {bound[2]}" in rows[3]["text_input"].split("\n")
+        assert rows[3]["text_output"].count(f"{bound[2]}.</think>") == 1
+        assert rows[3]["supervise"] == "letters"
         assert all(row["image_input"] == [] for row in rows)
         asked = re.search(r'says "(.*)"\.', rows[2]["text_input"])[1]
         answer = re.search("<answer>(.*)</answer>", rows[2]["text_output"])[1]

@@ -38,8 +38,8 @@ BATCH = 64  # >= 1; questions answered at once
 FAST = True  # False: exactly the code of model.py, the same numbers
 SEED = 0  # >= 0; of the questions
 
-WIDTH = 1280  # pixels, of the sheet
-ACROSS = 10  # key frames in a line at most
+WIDTH = 1280  # >= 100; pixels, of the sheet
+ACROSS = 10  # >= 1; key frames in a line at most
 
 
 def choose_rows(rows, train_rows, subtasks, count, seed):
