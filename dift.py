@@ -271,7 +271,7 @@ if __name__ == "__main__":
         if test_rows and counts["latent"] and c.EVAL_EVERY and (step + 1) % c.EVAL_EVERY == 0:
             with whole_weights(thinker):
                 scores = evaluate.evaluate(thinker, test_rows, limit=64, **scoring)
-            imagery = {name: scores["imagery"][name] for name in imagery}
+            imagery = {name: scores["imagery"].get(name) for name in imagery}
         entry.update(imagery)
         entry["gnorm"] = gnorm.item()
         entry["lr"] = lr

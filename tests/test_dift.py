@@ -247,7 +247,15 @@ def test_a_line_of_the_log():
 def words(tiny, out, *more):
     """The command of a small run; later words win."""
     base = [f"MODEL={tiny / 'base'}", f"DATA={tiny / 'data'}", f"OUT={out}", "STEPS=3", "LR=1e-3"]
-    base += ["TEST_ROWS=0", "EVAL_EVERY=0", "GLOBAL_BATCH=8", "MICRO_BATCH=8", "WARMUP=50", "W_SIM=1.0"]
+    base += [
+        "TEST_ROWS=0",
+        "EVAL_EVERY=0",
+        "GLOBAL_BATCH=8",
+        "MICRO_BATCH=8",
+        "WARMUP=50",
+        "W_SIM=1.0",
+        "K=4",
+    ]
     return [*base, "LOG_EVERY=1", *more]
 
 
