@@ -256,7 +256,8 @@ def read_record(folder, out):
         stored["REWARD_WEIGHTS"] = {"acc": stored.pop("W_ACC"), "fmt": stored.pop("W_FMT", None)}
     # ablations of dift.py that came later: without them
     if "W_SIM" in stored:
-        stored = {"IMAGERY": "latents", "BOTTLENECK": 0.0, "SELF_FED": 0.0, **stored}
+        for name, without in {"IMAGERY": "latents", "BOTTLENECK": 0.0, "SELF_FED": 0.0}.items():
+            stored.setdefault(name, without)
     return stored
 
 
