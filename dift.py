@@ -165,11 +165,13 @@ def micro_batches(samples, vision, pad_id, size, rank=0, world=1):
         counts["text"] += int(sample.is_text.sum())
         counts["latent"] += int(sample.is_latent.sum())
         counts["real"] += int(sample.is_real.sum())
-    # this process's share, cut into micro-batches
+    # this process's share, cut into micro-batches; under FSDP all processes make a first pass, or none
+    has_self_fed = any(bool(sample.is_self_fed.any()) for sample in samples)
     mine = samples[rank::world]
     batches = []
     for start in range(0, len(mine), size):
         batch = collate(mine[start : start + size], pad_id)
+        batch.has_self_fed = has_self_fed
         batches.append(vision.prepare(batch))
     return batches, counts
 

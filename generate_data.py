@@ -450,12 +450,12 @@ def object_rows(rng, clip, overlays):
 
 
 def follow_rows(rng, clip, count):
-    """Where are `count` of the look-alikes in the end? Key frames in each frame pair; the last says all.
+    """Where are `count` of the look-alikes in the end? Every second frame is a key frame, the last is one.
 
     The subtask tells how many exchanges moved the thing: follow_0, follow_1, ...
     """
     drafts = []
-    keyframes = list(range(1, len(clip.times), 2))
+    keyframes = list(range(1 + len(clip.times) % 2, len(clip.times), 2))
     for thing in rng.permutation(clip.moving).tolist()[:count]:
         slots = clip.slots[thing]
         moved = sum(now != then for now, then in zip(slots, slots[1:]))

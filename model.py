@@ -474,8 +474,11 @@ class Thinker(nn.Module):
         """SELF_FED (ours): the targets (n_latent, D), in the rows that it chose as the model imagines them.
 
         A first pass over the true latents gives h_{t-1} of all positions t at once, scaled as at inference.
+        None stays None: pads, or a micro-batch without imagery.
         """
         imagined = self.text(x, batch.positions, mask, read=batch.latent_at - 1)
+        if targets is None:
+            return None
         is_self_fed = batch.is_self_fed.flatten()[batch.latent_at]
         return torch.where(is_self_fed[:, None], self.feedback(imagined).to(targets.dtype), targets)
 
