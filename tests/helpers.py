@@ -161,3 +161,10 @@ def forget_last(out):
     shutil.rmtree(newest_checkpoint(out))
     log = Path(out) / "log.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+
+
+def write_answers(folder, right):
+    """Answers with ids in order; (subtask, right) each."""
+    folder.mkdir(parents=True)
+    rows = ({"id": n, "subtask": name, "correct": bool(good)} for n, (name, good) in enumerate(right))
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

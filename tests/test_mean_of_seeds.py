@@ -1,19 +1,11 @@
 """tools/mean_of_seeds.py: the mean of several runs and its interval, worked by hand."""
 
-import json
 import math
 
 import pytest
-from helpers import refused, run_script
+from helpers import refused, run_script, write_answers
 
 from tools import mean_of_seeds
-
-
-def write(folder, right):
-    """Answers with ids in order; (subtask, right) each."""
-    folder.mkdir(parents=True)
-    rows = ({"id": n, "subtask": name, "correct": bool(good)} for n, (name, good) in enumerate(right))
-    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
@@ -22,8 +14,8 @@ def runs(tmp_path):
     names = ["camera_pair", "camera_single", "object_speed"]
     for run, after in (("a", [1, 1, 0]), ("b", [1, 1, 1])):
         for kind in ("compound", "single"):
-            write(tmp_path / run / "before" / kind, zip(names, [1, 0, 0]))
-            write(tmp_path / run / "after" / kind, zip(names, after))
+            write_answers(tmp_path / run / "before" / kind, zip(names, [1, 0, 0]))
+            write_answers(tmp_path / run / "after" / kind, zip(names, after))
     return [str(tmp_path / name) for name in "ab"]
 
 
@@ -46,7 +38,7 @@ def test_the_script_prints_both_kinds(runs, monkeypatch, capsys):
 
 
 def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path):
-    write(tmp_path / "c/before/compound", [("camera_pair", 0)])
-    write(tmp_path / "c/after/compound", [("camera_pair", 0)])
+    write_answers(tmp_path / "c/before/compound", [("camera_pair", 0)])
+    write_answers(tmp_path / "c/after/compound", [("camera_pair", 0)])
     refused(lambda: mean_of_seeds.rises([runs[0], str(tmp_path / "c")], "compound"), "from one model")
     refused(lambda: mean_of_seeds.rises([str(tmp_path / "none")], "compound"), "is missing")

@@ -1,0 +1,50 @@
+"""tools/compare_runs.py: means over seeds, their intervals and differences, worked by hand."""
+
+import math
+
+import pytest
+from helpers import refused, run_script, write_answers
+
+from tools import compare_runs
+
+NAMES = ["follow_1", "follow_2", "follow_2", "follow_3"]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Four questions: two seeds with imagery, which disagree on the last; one of a control."""
+    write_answers(tmp_path / "good_0/eval", zip(NAMES, [1, 1, 0, 1]))
+    write_answers(tmp_path / "good_1/eval", zip(NAMES, [1, 1, 0, 0]))
+    write_answers(tmp_path / "poor_0/eval", zip(NAMES, [1, 0, 0, 0]))
+    return f"good={tmp_path}/good_*/eval poor={tmp_path}/poor_*/eval"
+
+
+def test_the_table_is_the_one_worked_by_hand(runs):
+    """Shares right are 1, 1, 0, 0.5 with imagery: mean 62.5; the runs have 75 and 50."""
+    scores, losses = compare_runs.compare(compare_runs.read_kinds(runs))
+    of_questions = (0.375**2 * 2 + 0.625**2 + 0.125**2) / 3
+    of_runs = 0.125**2 * 2
+    half = 196 * math.sqrt(of_questions / 4 + of_runs / 2)
+    assert scores[0] == "| right answers in % (runs) | n | good (2) | poor (1) |"
+    assert scores[-1].startswith(f"| all | 4 | 62.5 ± {half:.1f} | 25.0 ± ")
+    # below: 0, 1, 0, 0.5 of four questions
+    of_questions = (0.375**2 * 2 + 0.625**2 + 0.125**2) / 3
+    half = 196 * math.sqrt(of_questions / 4 + of_runs / 2)
+    assert losses[-1] == f"| all | +37.5 ± {half:.1f} |"
+    names = [line.split(" | ")[0] for line in scores[2:]]
+    assert names == ["| follow_1", "| follow_2", "| follow_3", "| follow, 2 or more", "| all"]
+    assert scores[5].startswith("| follow, 2 or more | 3 | 50.0 ± ")
+
+
+def test_one_kind_has_no_second_table(runs, monkeypatch, capsys):
+    run_script(monkeypatch, "tools/compare_runs.py", f"RUNS={runs.split()[0]}")
+    printed = capsys.readouterr().out
+    assert "| all | 4 | 62.5" in printed and "points below" not in printed
+
+
+def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
+    write_answers(tmp_path / "other/eval", [("follow_1", 0)])
+    refused(lambda: compare_runs.read_kinds(f"{runs} x={tmp_path}/other/eval"), "same questions")
+    refused(lambda: compare_runs.read_kinds(f"x={tmp_path}/none*"), "no folder fits")
+    refused(lambda: compare_runs.read_kinds("x"), "name=pattern")
+    refused(lambda: compare_runs.read_kinds(f"x={tmp_path}/good_0"), "results.jsonl is missing")
