@@ -6,7 +6,7 @@ Out: OUT/step_*/ (checkpoints), OUT/log.jsonl, and after the last step OUT/eval/
     python dift.py                                        # laptop: the toy data is made first if missing
     python dift.py MODEL=Qwen2.5-VL-3B-Instruct DATA=data/dift_data.jsonl POOLING=strips LR=1e-5 \\
         K=4 GLOBAL_BATCH=8 WARMUP=10 BETA2=0.999 MICRO_BATCH=1 TEST_BATCH=8 W_CE=0.1 W_SIM=1.0 \\
-        CHECKPOINTING=True CACHE_FEATURES=False           # one GPU
+        W_SIM_END=1.0 CHECKPOINTING=True CACHE_FEATURES=False           # one GPU
     torchrun --nproc_per_node=8 dift.py ...               # the same run on eight; PARALLEL=fsdp for 7B
 
 Differs from the paper:
@@ -14,6 +14,7 @@ Differs from the paper:
 - cosine is also logged centred per latent index: the plain one tells little (ours)
 - retrieval@1 among other clips and object@1 among the things of the clip say what was imagined (ours)
 - sums over the whole step's counts: the number of devices and of micro-batches does not change a step (ours)
+- the imagery loss weighs less from step to step, W_SIM to W_SIM_END: imagery is learned first (ours)
 - with MATCH_NORM hidden states are fed back with the norm of the targets they were trained to be (ours)
 """
 
@@ -64,7 +65,8 @@ BETA2 = 0.95  # >= 0, < 1; of AdamW: how much of the second moment each step kee
 WEIGHT_DECAY = 0.01  # 0 to 1e3; (release)
 CLIP = 1.0  # > 0; largest norm of the gradient (release)
 W_CE = 1.0  # >= 0; weight of the text loss in Eq. 7 (release: 0.1)
-W_SIM = 3.0  # >= 0; weight of the imagery loss in Eq. 7 (release: 1.0)
+W_SIM = 4.0  # >= 0; weight of the imagery loss in Eq. 7 at the first step (release: 1.0)
+W_SIM_END = 0.3  # >= 0; its value after the last step, linear between (release: as W_SIM)
 # --- ablations
 IMAGERY = "latents"  # latents | markers | pause: a block is its delimiters alone, or pads not learned (ours)
 BOTTLENECK = 0.0  # 0 to 1; share of rows whose text after the first imagery does not look at the video (ours)
@@ -84,7 +86,7 @@ SEED = 0  # >= 0; of the data order
 # a run goes on only with the same values of these
 kept_on_resume = (
     "MODEL DATA COT MAX_PIXELS MIN_PIXELS SECONDS_PER_PAIR SUFFIX K POOLING MATCH_NORM "
-    "IMAGERY BOTTLENECK SELF_FED GLOBAL_BATCH LR WARMUP BETA2 WEIGHT_DECAY CLIP W_CE W_SIM SEED"
+    "IMAGERY BOTTLENECK SELF_FED GLOBAL_BATCH LR WARMUP BETA2 WEIGHT_DECAY CLIP W_CE W_SIM W_SIM_END SEED"
 ).split()
 
 
@@ -216,7 +218,6 @@ if __name__ == "__main__":
     imagery = {"retrieval": None, "object": None}
     if run.entries:
         imagery = {name: run.entries[-1].get(name) for name in imagery}
-    weights = {"ce": c.W_CE, "sim": c.W_SIM}
 
     def prepare(step):
         """The micro-batches and counts of a step."""
@@ -238,6 +239,9 @@ if __name__ == "__main__":
             next_step = thread.submit(prepare, step + 1)
         lr = linear_warmup_decay(step, c.STEPS, c.WARMUP, c.LR)
         optimizer.param_groups[0]["lr"] = lr
+        # what to imagine is learned first, what to say about it later
+        w_sim = c.W_SIM + (c.W_SIM_END - c.W_SIM) * step / c.STEPS
+        weights = {"ce": c.W_CE, "sim": w_sim}
 
         # forward and backward, one micro-batch after the other
         thinker.train()
@@ -247,7 +251,7 @@ if __name__ == "__main__":
                 with autocast(device):
                     logp, imagined, targets = model(batch)
                     loss, terms = dift_loss(
-                        logp, imagined, targets, counts["text"], counts["latent"], c.W_CE, c.W_SIM
+                        logp, imagined, targets, counts["text"], counts["latent"], c.W_CE, w_sim
                     )
                 (loss * world).backward()  # DDP takes the mean over processes, Eq. 7 the sum
             add_sums(sums, {"loss": loss, **terms, **latent_sums(imagined, targets, K)})

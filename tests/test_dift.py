@@ -254,6 +254,7 @@ def words(tiny, out, *more):
         "MICRO_BATCH=8",
         "WARMUP=50",
         "W_SIM=1.0",
+        "W_SIM_END=1.0",
         "K=4",
     ]
     return [*base, "LOG_EVERY=1", *more]
@@ -303,6 +304,15 @@ def test_a_step_trains_the_text_and_leaves_vision_alone(tiny, plain):
     rates = [linear_warmup_decay(step, 3, 50, 1e-3) for step in range(3)]
     assert [entry["lr"] for entry in log] == pytest.approx(rates)
     assert log[2]["ce"] < log[0]["ce"] == pytest.approx(math.log(448), abs=0.3)
+
+
+def test_the_weight_of_imagery_falls_with_the_steps(tiny, tmp_path, capsys):
+    """From W_SIM=4 to W_SIM_END=1 in three steps: 4, 3, 2, and 1 would come after them."""
+    log, _ = train(tiny, tmp_path / "run", "STEPS=3", "W_SIM=4", "W_SIM_END=1", "LOG_EVERY=1")
+    for entry, weight in zip(log, (4, 3, 2)):
+        assert entry["loss"] == pytest.approx(entry["ce"] + weight * entry["sim"])
+    printed = capsys.readouterr().out
+    assert all(f" {weight} x sim" in printed for weight in (4, 3, 2))
 
 
 def test_a_run_prints_what_it_does(tiny, tmp_path, capsys):
@@ -544,7 +554,9 @@ def test_the_folder_of_another_run_is_refused(tiny, tmp_path):
     data = f"DATA={tmp_path / 'data'}"
     train(tiny, out, data, "STEPS=1")
     changes = "LR=0.5 SEED=3 K=2 POOLING=strips GLOBAL_BATCH=4 W_CE=0.5 COT=verbal WARMUP=7 BETA2=0.9"
-    changes += " MATCH_NORM=False SUFFIX=Think. MAX_PIXELS=784 W_SIM=0.5 CLIP=2.0 WEIGHT_DECAY=0.5"
+    changes += (
+        " MATCH_NORM=False SUFFIX=Think. MAX_PIXELS=784 W_SIM=0.5 W_SIM_END=0.1 CLIP=2.0 WEIGHT_DECAY=0.5"
+    )
     for word in f"{changes} MIN_PIXELS=784 SECONDS_PER_PAIR=2.0 MODEL=elsewhere".split():
         name, value = word.split("=")
         refused(lambda word=word: train(tiny, out, data, word), f"{out}", f"{name}=", "RESUME=never")

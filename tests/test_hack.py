@@ -69,7 +69,9 @@ def test_a_loss_term_is_an_edit_of_dift_loss(world, copy):
         "size = logp.square().mean()\n"
         '    return w_ce * ce + w_sim * sim + 0.5 * size, {"ce": ce, "sim": sim, "size": size}',
     )
-    printed = run(copy, world, "dift.py", "MODEL=base", "DATA=data", "OUT=loss", *STEPS)
+    printed = run(
+        copy, world, "dift.py", "MODEL=base", "DATA=data", "OUT=loss", "W_SIM=3", "W_SIM_END=3", *STEPS
+    )
     assert "+ size " in printed
     for entry in log(world, "loss"):
         assert entry["loss"] == pytest.approx(entry["ce"] + 3 * entry["sim"] + 0.5 * entry["size"], rel=1e-5)
