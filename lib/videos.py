@@ -1,4 +1,4 @@
-"""Video files to frames: the one decord reader, and frames kept as JPEG for rows that name only a video."""
+"""Video files to frames: the one reader, and frames kept as JPEG for rows that name only a video."""
 
 import os
 import re
@@ -16,60 +16,95 @@ from lib.command_line import quote_path, require
 from lib.distributed import all_gather_list, is_rank0
 from lib.files import UNFINISHED, evenly_spaced, keep_first
 
-PIECE = 16  # frames decoded at once: so many lie in memory at full size
+ROUNDING = 4e-4  # seconds; Matroska and FLV round times to milliseconds: 1 / 24 to 0.042
+MOST_SAMPLES = 10**7  # of a video: a damaged time may be in a thousand years
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of a video that is a folder of images
 LONGEST_NAME = 200  # bytes of a name in the cache; file systems allow 255
 
 
-def require_decord():
-    """Ends the program with the install line unless decord is there."""
-    require(find_spec("decord"), "Videos need decord: pip install decord==0.6.0, on ARM eva-decord.")
+class BadVideo(ValueError):
+    """A video without frames that can be shown; the text says why."""
+
+
+def require_av():
+    """Ends the program with the install line unless PyAV is there."""
+    require(find_spec("av"), "Videos need PyAV: pip install av==18.1.0.")
+
+
+require_decord = require_av  # the name that lib/footage.py calls
 
 
 def decode_frames(path, fps=1.0, most=None, indexes=None):
     """A video's frames, one after the other: (PIL image, its true time in seconds).
 
     What a player shows at 0, 1 / fps ... seconds, at most `most` frames, evenly spaced; or those numbered
-    `indexes`. Decoded in pieces, so memory holds a few frames. decord raises many kinds of errors; each means
-    that the file cannot be used.
+    `indexes`, which rise. Each frame is decoded when it is asked for, so that memory holds a few. A file that
+    cannot be used is an error of PyAV, a BadVideo or an IndexError.
     """
-    require_decord()
-    reader = open_video(path)
-    times = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(float)
+    require_av()
+    ticks, seconds = read_times(path)
     if indexes is None:
-        indexes = shown_frames(times, fps)
+        indexes = shown_frames(seconds, fps)
         indexes = evenly_spaced(indexes, most) if most else indexes
-    for start in range(0, len(indexes), PIECE):
-        piece = [int(index) for index in indexes[start : start + PIECE]]
-        # While frames are used, an open reader decodes on, up to the end of the video, and keeps it all.
-        reader = reader or open_video(path)
-        frames = read_piece(reader, piece)
-        reader = None
-        for index, frame in zip(piece, frames):
-            yield Image.fromarray(frame), float(times[index])
+    times = {ticks[index]: float(seconds[index]) for index in indexes}
+    wanted = list(times)
+    shown = None
+    for frame in decode_all(path):
+        # A listed frame may be damaged: until the next one a player shows the one before.
+        if shown is not None and wanted[0] < frame.pts:
+            yield upright(shown), times[wanted[0]]
+        wanted = [tick for tick in wanted if tick >= frame.pts]
+        if not wanted:
+            return
+        shown = frame
+    if shown is not None:
+        yield upright(shown), times[wanted[0]]
 
 
-def open_video(path):
-    """A decord reader; with one thread it decodes least ahead of what is asked."""
-    return import_module("decord").VideoReader(str(path), num_threads=1)
+def open_stream(path):
+    """A video file -> (PyAV's container, its video stream); a picture that belongs to music is none."""
+    container = import_module("av").open(str(path))
+    stream = container.streams.best("video")
+    if stream is None or stream.disposition & stream.disposition.attached_pic:
+        container.close()
+        raise BadVideo("it holds no video")
+    stream.codec_context.thread_count = 1
+    return container, stream
 
 
-def read_piece(reader, numbers):
-    """The frames of these numbers, (H, W, 3) uint8 each.
+def decode_all(path):
+    """All frames of a video, in the order and with the times (`pts`, in ticks of the file) of a player."""
+    container, stream = open_stream(path)
+    with container:
+        for frame in container.decode(stream):
+            if frame.pts is not None:
+                yield frame
 
-    Some widths, such as 72, are padded in memory to what looks to decord like four channels: (H, W, 4), in
-    which each row of 3 · W numbers stands at the beginning of one of 4 · W.
+
+def read_times(path):
+    """A video's frames in the order of a player -> their times in ticks of the file [int], in seconds (n,).
+
+    The file says them without decoding, those that it hides (its beginning was cut off) aside; a player
+    begins with the first one. In AVI they come from decoding.
     """
-    try:
-        return list(reader.get_batch(numbers).asnumpy())
-    except Exception:  # of such a width; of a damaged file the next lines fail too
-        frames = [reader[number].asnumpy() for number in numbers]
-    padded = []
-    for frame in frames:
-        height, width, channels = frame.shape
-        rows = frame.reshape(height, width * channels)
-        padded.append(rows[:, : 3 * width].reshape(height, width, 3))
-    return padded
+    container, stream = open_stream(path)
+    with container:
+        ticks = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        unit = float(stream.time_base)
+    if None in ticks:
+        ticks = [frame.pts for frame in decode_all(path)]
+    if not ticks:
+        raise BadVideo("it holds no frames")
+    ticks = sorted(set(ticks))
+    return ticks, (np.array(ticks) - max(0, ticks[0])) * unit
+
+
+def upright(frame):
+    """PyAV's frame -> PIL image in RGB, turned as the file says, which a phone held upright does."""
+    image = frame.to_image()
+    turns = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+    turn = turns.get(frame.rotation % 360)
+    return image if turn is None else image.transpose(turn)
 
 
 def shown_frames(times, fps):
@@ -78,15 +113,15 @@ def shown_frames(times, fps):
     At a time it shows the last frame that has begun. Frames before 0 are not shown: a cut without encoding
     anew leaves some. A video that begins later is sampled from its first frame on. Rising, each once.
     """
-    if not np.isfinite(times).all():
-        raise ValueError("timestamps that are no numbers")
+    if not np.isfinite(times).all() or np.ptp(times) * fps > MOST_SAMPLES:
+        raise BadVideo("its times cannot be true")
     order = np.argsort(times, kind="stable")
     if times.max() >= 0:
         order = order[times[order] >= 0]
     begins = times[order]
-    wanted = np.arange(begins[0], begins[-1] + 1e-6, 1 / fps)
-    # of frames with one and the same time the last is shown; 1e-6 is less than any frame lasts
-    shown = np.searchsorted(begins, wanted + 1e-6, side="right") - 1
+    wanted = np.arange(begins[0], begins[-1] + ROUNDING, 1 / fps)
+    # of frames with one and the same time the last is shown
+    shown = np.searchsorted(begins, wanted + ROUNDING, side="right") - 1
     return order[np.unique(shown)].tolist()
 
 
@@ -131,11 +166,12 @@ def decode_into(folder, path, fps, most):
         for frame, seconds in decode_frames(path, fps, most):
             unfinished.mkdir(parents=True, exist_ok=True)
             frame.save(unfinished / f"{seconds:09.3f}.jpg", quality=95, subsampling=0)
-    except OSError:  # of our own disk
-        raise
-    except Exception as error:  # decord's, of many kinds
+    except Exception as error:  # PyAV's, of many kinds
+        of_own_disk = isinstance(error, OSError) and not type(error).__module__.startswith("av")
+        if of_own_disk:
+            raise
         shutil.rmtree(unfinished, ignore_errors=True)
-        return type(error).__name__
+        return str(error) if isinstance(error, BadVideo) else type(error).__name__
     if not unfinished.is_dir():
         return "no frames"
     keep_first(unfinished, folder)
