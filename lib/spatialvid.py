@@ -5,13 +5,12 @@ What is not finite, or has another shape, is BadAnnotation: a label of a clip mu
 
 import io
 import re
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from lib.command_line import quote
+from lib.command_line import exit_with, quote
 from lib.files import parse_json
 
 MOST_LETTERS = 100  # of an object's name
@@ -95,7 +94,7 @@ def read_exr_depths(path):
     try:
         import OpenEXR
     except ImportError:
-        sys.exit(f"{path} holds depth maps: pip install OpenEXR, or move it out of VIDEOS.")
+        exit_with(f"{path} holds depth maps: pip install OpenEXR, or move it out of VIDEOS.")
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.lower().endswith(".exr")]
         names.sort(key=lambda name: (len(name), name))  # 10.exr comes after 9.exr, 0010.exr after 0009.exr

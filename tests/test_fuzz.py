@@ -26,6 +26,7 @@ from lib.pictures import BadImage, read_image
 from lib.rows import LETTERS, NO_TEXT, PLACEHOLDER, read_rows
 from lib.segmenters.files import read_mask
 from lib.spatialvid import BadAnnotation, camera_segments, has_one_note_per_frame, read_notes
+from lib.tables import read_table
 from lib.text import as_text
 from lib.vocabulary import MOVES
 from model import encode_row, load_model
@@ -73,7 +74,7 @@ tally = Counter()  # (kind, "sentence" or "taken"): how often
 @pytest.fixture(scope="module", autouse=True)
 def print_tally():
     yield
-    for kind in SHARES:
+    for kind in dict.fromkeys(kind for kind, _ in tally):
         print(f"\n| {kind} | {tally[kind, 'sentence']} | {tally[kind, 'taken']} |", end="")
     print()
 
@@ -243,6 +244,27 @@ def test_tables(tmp_path, numbers):
             assert sentence is None, (seed, sentence)
             good = [rows[0], rows[2]]
             assert [row.key for row in good] == ["B", "B"] and not good[0].skip_reason, seed
+
+
+@pytest.mark.parametrize("numbers", seeds("tables"), ids=str)
+def test_damaged_parquet(tmp_path, numbers):
+    """A sentence, or a table: parquet has no checksum of its text, so a wrong byte may be another letter."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = importlib.import_module("pyarrow")
+    whole = tmp_path / "whole.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(good_entries() * 20), whole)
+    assert read_table(whole) == good_entries() * 20
+    for seed in numbers:
+        rng = np.random.default_rng([6, seed])
+        path = tmp_path / "b.parquet"
+        path.write_bytes(damage(rng, whole.read_bytes()))
+        entries, sentence = outcome("parquet", partial(read_table, path))
+        if sentence:
+            assert "b.parquet" in sentence, (seed, sentence)
+            continue
+        rows, sentence = outcome("parquet", lambda file=path: benchmarks.read_benchmark("dsr", str(file)))
+        for row in rows or []:
+            assert row.skip_reason or set(row.key) <= set(row.options), seed
 
 
 # ---------------------------------------------------------------- images

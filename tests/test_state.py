@@ -341,6 +341,57 @@ def test_out_that_is_a_file_is_one_line(stage, tiny, world, tmp_path):
     refused(lambda: run_stage(stage, command(stage, tiny, world, tmp_path / "out")), "is a file", "set OUT")
 
 
+@pytest.mark.parametrize("constant", ["OUT", "DATA", "MODEL"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_odd_names_are_a_sentence_and_nothing_waits(stage, constant, tiny, world, tmp_path, monkeypatch):
+    """Long names, pipes, devices, links to nothing and to themselves, line breaks, no UTF-8."""
+    if stage == "generate_data" and constant != "OUT":
+        constant, words = "VIDEOS", ["SOURCE=videos"]
+    else:
+        words = []
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    os.mkfifo("pipe.jsonl")
+    Path("broken").symlink_to("nowhere")
+    Path("loop").symlink_to("loop")
+    Path("two\nlines.jsonl").write_text("{")
+    Path("empty.jsonl").write_text("")
+    names = [
+        "x" * 300,
+        "x/" * 2500,
+        "pipe",
+        "pipe.jsonl",
+        "broken",
+        "loop",
+        "/dev/null",
+        "/dev/zero",
+        "a\udcff",
+    ]
+    names += ["two\nlines.jsonl", "empty.jsonl"]
+    names += [""] if constant == "OUT" and stage != "evaluate" else []
+
+    def hang(*_):
+        raise AssertionError(f"{name[:80]!r} is waited for")
+
+    for name in names:
+        signal.signal(signal.SIGALRM, hang)
+        signal.alarm(60)
+        try:
+            # of two words for one constant the last counts
+            run_stage(stage, [*command(stage, tiny, world, "out"), *words, f"{constant}={name}"])
+            sentence = "taken"
+        except SystemExit as stop:
+            sentence = stop.code
+        except OSError as error:
+            sentence = explain(error)
+        finally:
+            signal.alarm(0)
+        assert sentence.endswith(".") and sentence.isprintable() and len(sentence) < 400, (
+            name[:80],
+            sentence,
+        )
+
+
 @pytest.mark.parametrize("stage", ["dift", "grpo4d", "evaluate"])
 def test_ctrl_c_is_one_line(stage, tiny, world, tmp_path):
     words = [*command(stage, tiny, world, tmp_path / "out")]
