@@ -5,18 +5,19 @@ Out: OUT/step_*/ (checkpoints), OUT/log.jsonl, and after the last step OUT/eval/
 
     python dift.py                                        # laptop: the toy data is made first if missing
     python dift.py MODEL=Qwen2.5-VL-3B-Instruct DATA=data/dift_data.jsonl POOLING=strips LR=1e-5 \\
-        WARMUP=10 BETA2=0.999 MICRO_BATCH=1 TEST_BATCH=8 W_CE=0.1 W_SIM=1.0 \\
+        K=4 GLOBAL_BATCH=8 WARMUP=10 BETA2=0.999 MICRO_BATCH=1 TEST_BATCH=8 W_CE=0.1 W_SIM=1.0 \\
         CHECKPOINTING=True CACHE_FEATURES=False           # one GPU
     torchrun --nproc_per_node=8 dift.py ...               # the same run on eight; PARALLEL=fsdp for 7B
 
 Differs from the paper:
 - `grid` pooling by default: `strips` averages left and right away at the toy's resolution (ours)
-- cosine is also logged centred per latent index, with retrieval@1: the plain one tells little (ours)
+- cosine is also logged centred per latent index: the plain one tells little (ours)
+- retrieval@1 among other clips and object@1 among the things of the clip say what was imagined (ours)
 - sums over the whole step's counts: the number of devices and of micro-batches does not change a step (ours)
 - with MATCH_NORM hidden states are fed back with the norm of the targets they were trained to be (ours)
 """
 
-import math
+import random
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ from lib.distributed import all_reduce_sum, autocast, barrier, end_distributed, 
 from lib.distributed import init_distributed, no_sync, print0, require_shares
 from lib.distributed import whole_weights, wrap_parallel
 from lib.fast import checkpoint_layers
-from lib.log import add_sums, describe_sample, is_due, print_header, weighted_terms
+from lib.log import add_sums, describe_sample, is_due, log_line, print_header
 from lib.rows import read_rows, rows_of_step, with_keys
 from model import VisionCache, collate, encode_row, load_model
 
@@ -50,12 +51,12 @@ MIN_PIXELS = None  # >= 1, whole; None: the checkpoint's own, or 28·28 (release
 SECONDS_PER_PAIR = None  # > 0, <= 1e6; None: real time; 1.0: as the release trains, 2.0: as it evaluates
 SUFFIX = ""  # instruction after the question; "": the checkpoint's own; @file reads one
 # --- model
-K = 4  # 0 to 4096; latents per image (release); 0: a stage without imagery (pretraining of the tiny base)
+K = 8  # 0 to 4096; latents per image (release: 4); 0: a stage without imagery (pretraining of the tiny base)
 POOLING = "grid"  # grid (ours) or strips (paper): how overlay tokens become K latents, Eq. 5
 MATCH_NORM = True  # at inference, hidden states are fed back with the mean norm of the last targets (ours)
 # --- optimisation
-STEPS = 2500  # >= 0; optimiser steps
-GLOBAL_BATCH = 8  # >= 1; rows of one step over all devices (release)
+STEPS = 5000  # >= 0; optimiser steps
+GLOBAL_BATCH = 4  # >= 1; rows of one step over all devices (release: 8)
 MICRO_BATCH = 4  # >= 1; rows of one forward pass on one device; accumulation follows from it
 LR = 2e-3  # > 0, <= 100; peak learning rate (release: 1e-5 for the 3B model)
 WARMUP = 100  # >= 0; steps of linear warm-up, then linear decay to zero (release: 10)
@@ -63,10 +64,14 @@ BETA2 = 0.95  # >= 0, < 1; of AdamW: how much of the second moment each step kee
 WEIGHT_DECAY = 0.01  # 0 to 1e3; (release)
 CLIP = 1.0  # > 0; largest norm of the gradient (release)
 W_CE = 1.0  # >= 0; weight of the text loss in Eq. 7 (release: 0.1)
-W_SIM = 0.3  # >= 0; weight of the imagery loss in Eq. 7 (release: 1.0)
+W_SIM = 3.0  # >= 0; weight of the imagery loss in Eq. 7 (release: 1.0)
+# --- ablations
+IMAGERY = "latents"  # latents | markers | pause: a block is its delimiters alone, or pads not learned (ours)
+BOTTLENECK = 0.0  # 0 to 1; share of rows whose text after the first imagery does not look at the video (ours)
+SELF_FED = 0.0  # 0 to 1; share of rows that read their own imagined latents in training (ours)
 # --- logging
 LOG_EVERY = 20  # >= 0; steps between printed lines, 0: the last alone; every step goes to the log file
-EVAL_EVERY = 500  # >= 0; steps between looks at retrieval@1 on 64 held-out rows; 0: never
+EVAL_EVERY = 500  # >= 0; steps between looks at the imagery of 64 held-out rows; 0: never
 SAVE_EVERY = 500  # >= 0; steps between checkpoints; 0: the last alone
 # --- system
 RESUME = "auto"  # auto: go on from the newest checkpoint in OUT | never: start afresh
@@ -79,7 +84,7 @@ SEED = 0  # >= 0; of the data order
 # a run goes on only with the same values of these
 kept_on_resume = (
     "MODEL DATA COT MAX_PIXELS MIN_PIXELS SECONDS_PER_PAIR SUFFIX K POOLING MATCH_NORM "
-    "GLOBAL_BATCH LR WARMUP BETA2 WEIGHT_DECAY CLIP W_CE W_SIM SEED"
+    "IMAGERY BOTTLENECK SELF_FED GLOBAL_BATCH LR WARMUP BETA2 WEIGHT_DECAY CLIP W_CE W_SIM SEED"
 ).split()
 
 
@@ -148,47 +153,27 @@ def make_toy_data(data, test_file, rank):
     barrier()
 
 
-def micro_batches(model, vision, rows, size, rank=0, world=1):
-    """The rows of a step -> micro-batches of this process, and the step's counts on all devices.
+def micro_batches(samples, vision, pad_id, size, rank=0, world=1):
+    """The samples of a step -> micro-batches of this process, and the step's counts on all devices.
 
     Sorted by length before they are dealt out and cut, so that little is padding: of lengths 1 to 8 in
     micro-batches of 2 the first of two processes has 1 3 | 5 7.
     """
-    samples = [encode_row(model, row) for row in rows]
-    samples.sort(key=lambda sample: len(sample.ids))
+    samples = sorted(samples, key=lambda sample: len(sample.ids))
     counts = {"text": 0, "latent": 0, "real": 0}
     for sample in samples:
         counts["text"] += int(sample.is_text.sum())
         counts["latent"] += int(sample.is_latent.sum())
         counts["real"] += int(sample.is_real.sum())
-    # this process's share, cut into micro-batches
+    # this process's share, cut into micro-batches; under FSDP all processes make a first pass, or none
+    has_self_fed = any(bool(sample.is_self_fed.any()) for sample in samples)
     mine = samples[rank::world]
     batches = []
     for start in range(0, len(mine), size):
-        batch = collate(mine[start : start + size], model.token_id["pad"])
+        batch = collate(mine[start : start + size], pad_id)
+        batch.has_self_fed = has_self_fed
         batches.append(vision.prepare(batch))
     return batches, counts
-
-
-# ---------------------------------------------------------------- log
-
-
-def log_line(entry, terms, steps, weights):
-    """One step as a line of the log; terms: names of the parts of the loss, weights: {name: weight}."""
-    retrieval = math.nan if entry["retrieval"] is None else entry["retrieval"]
-    rate = entry["tokens"] / entry["seconds"] / 1e3
-    cells = [
-        f"step {entry['step']:5d}/{steps}",
-        f"loss {entry['loss']:.4f} = {weighted_terms(entry, terms, weights)}",
-        f"cosine {entry['cosine']:.2f}",
-        f"retrieval {retrieval:.2f}",
-        f"gnorm {entry['gnorm']:.2f}",
-        f"lr {entry['lr']:.1e}",
-        f"latents {entry['latents']:.1f}",
-        f"{entry['seconds']:.2f} s",
-        f"{rate:.1f}k tok/s",
-    ]
-    return " | ".join(cells)
 
 
 if __name__ == "__main__":
@@ -207,7 +192,8 @@ if __name__ == "__main__":
     run = open_run(c.OUT, c.RESUME, vars(c), kept_on_resume, rows)
     parent = run.folder or c.MODEL
     pixels = {"min_pixels": c.MIN_PIXELS, "max_pixels": c.MAX_PIXELS, "seconds_per_pair": c.SECONDS_PER_PAIR}
-    thinker = load_model(parent, device, c.K, c.POOLING, c.SUFFIX, c.FAST, **pixels)
+    K = 0 if c.IMAGERY == "markers" else c.K
+    thinker = load_model(parent, device, K, c.POOLING, c.SUFFIX, c.FAST, imagery=c.IMAGERY, **pixels)
     if c.CHECKPOINTING:
         checkpoint_layers(thinker.qwen)
     model = wrap_parallel(thinker, c.PARALLEL, device)
@@ -227,13 +213,20 @@ if __name__ == "__main__":
     print0("first sample: [supervised], {imagery}\n", describe_sample(first, thinker.tokenizer))
     if test_rows and test_file == train_file:
         print0(f"{train_file} has no held-out twin: the score at the end is on training rows.")
-    retrieval = run.entries[-1]["retrieval"] if run.entries else None
+    imagery = {"retrieval": None, "object": None}
+    if run.entries:
+        imagery = {name: run.entries[-1].get(name) for name in imagery}
     weights = {"ce": c.W_CE, "sim": c.W_SIM}
 
     def prepare(step):
         """The micro-batches and counts of a step."""
-        step_rows = [rows[index] for index in rows_of_step(step, len(rows), c.GLOBAL_BATCH, c.SEED)]
-        return micro_batches(thinker, vision, step_rows, c.MICRO_BATCH, rank, world)
+        samples = []
+        for place, index in enumerate(rows_of_step(step, len(rows), c.GLOBAL_BATCH, c.SEED)):
+            draws = random.Random(f"{c.SEED} {step} {place}")
+            blind = draws.random() < c.BOTTLENECK
+            self_fed = draws.random() < c.SELF_FED
+            samples.append(encode_row(thinker, rows[index], blind=blind, self_fed=self_fed))
+        return micro_batches(samples, vision, thinker.token_id["pad"], c.MICRO_BATCH, rank, world)
 
     thread = ThreadPoolExecutor(1)
     next_step = None
@@ -257,7 +250,7 @@ if __name__ == "__main__":
                         logp, imagined, targets, counts["text"], counts["latent"], c.W_CE, c.W_SIM
                     )
                 (loss * world).backward()  # DDP takes the mean over processes, Eq. 7 the sum
-            add_sums(sums, {"loss": loss, **terms, **latent_sums(imagined, targets, c.K)})
+            add_sums(sums, {"loss": loss, **terms, **latent_sums(imagined, targets, K)})
             add_sums(sums, {"places": batch.ids.numel()})
 
         # step
@@ -273,14 +266,15 @@ if __name__ == "__main__":
 
         # MATCH_NORM: at inference Thinker.feedback scales hidden states to the norm of this step's targets
         if counts["latent"]:
-            thinker.config.latent_norm = entry["norm_true"] if c.MATCH_NORM else None
+            norm = entry["norm_true"] if c.MATCH_NORM else 0
+            thinker.config.latent_norm = norm or None
 
-        # retrieval at times, the log, a checkpoint
+        # at times: is the right thing imagined? Then the log, a checkpoint
         if test_rows and counts["latent"] and c.EVAL_EVERY and (step + 1) % c.EVAL_EVERY == 0:
             with whole_weights(thinker):
                 scores = evaluate.evaluate(thinker, test_rows, limit=64, **scoring)
-            retrieval = scores["imagery"]["retrieval"]
-        entry["retrieval"] = retrieval
+            imagery = {name: scores["imagery"].get(name) for name in imagery}
+        entry.update(imagery)
         entry["gnorm"] = gnorm.item()
         entry["lr"] = lr
         entry["latents"] = counts["latent"] / c.GLOBAL_BATCH
@@ -300,6 +294,6 @@ if __name__ == "__main__":
             summary = evaluate.evaluate(thinker, test_rows, out, limit=c.TEST_ROWS, **scoring)
             if rank == 0:
                 evaluate.print_table(summary)
-                evaluate.draw(thinker, test_rows, out, run.log)
+                evaluate.draw(thinker, test_rows, out, run.log, train_rows=rows)
                 print0(f"{out}/summary.json, {out}/picture.png, {out}/report.html")
     end_distributed()

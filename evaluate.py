@@ -18,7 +18,7 @@ Differs from the paper:
 - benchmarks are scored by these two rules alone (VLM4D's authors: a language model judges)
 - a video's frames pass through JPEG (quality 95) on disk, as the frames of the release's training data
 - controls: no, another or a shuffled video; latents zeroed, noised, padded, swapped or true (ours)
-- retrieval@1 and the centred cosine say whether the imagined latents are the right ones (ours)
+- object@1, moment@1, retrieval@1 and the centred cosine say whether the right latents are imagined (ours)
 """
 
 import dataclasses
@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from lib.benchmarks import known_groups, read_benchmark
 from lib.checkpoints import newest_checkpoint
@@ -38,9 +37,11 @@ from lib.command_line import override_constants, require
 from lib.distributed import all_gather_list, autocast, end_distributed, init_distributed
 from lib.files import append_jsonl, evenly_spaced, read_json, read_jsonl, remove_leftovers, to_jsonl
 from lib.files import write_json, write_text
+from lib.imagery import compare_blocks, index_overlays, learn_readout, load_pixels, mean_of
+from lib.imagery import r_squared, same_subtask, split_rows, summarise_imagery
 from lib.report import draw_answer, draw_picture, make_page
 from lib.safety import release_lock, take_lock
-from lib.scores import Result, as_percent, describe_summary, is_dsr, mean
+from lib.scores import Result, as_percent, describe_readout, describe_summary, is_dsr, mean
 from lib.scores import (
     read_neighbour,
     read_results,
@@ -50,6 +51,7 @@ from lib.scores import (
     three_of_four,
     wilson_interval,
 )
+from lib.rows import read_twin
 from lib.videos import attach_frames, attach_video_rows
 from model import VisionCache, encode_row, generate, load_model
 
@@ -75,6 +77,7 @@ SECONDS_PER_PAIR = None  # > 0, <= 1e6; None: the checkpoint's own; 2.0: as the 
 SUFFIX = ""  # instruction after the question; "": the checkpoint's own; @file reads one
 # --- logging
 SAMPLES = 8  # >= 1; answers drawn in the report
+READOUT = 3000  # >= 0; overlays that the readout is fitted on, at most; 0: no readout
 # --- system
 BATCH = 64  # >= 1; questions answered at once
 RESUME = True  # False: answer all again
@@ -179,6 +182,7 @@ def score_results(results):
     """n; strict: correct, accuracy, its interval; release: its share; chance (mean of 1 / options)."""
     n = len(results)
     correct = sum(result.correct for result in results)
+    blocks = [block for result in results for block in result.imagery]
     low, high = wilson_interval(correct, n)
     return {
         "n": n,
@@ -189,7 +193,8 @@ def score_results(results):
         "release": mean(result.hit for result in results),
         "note": "",
         "chance": mean(1 / result.options for result in results),
-        "retrieval": mean(block["retrieval"] for result in results for block in result.imagery),
+        "retrieval": mean_of(blocks, "retrieval"),
+        "object": mean_of(blocks, "object"),
     }
 
 
@@ -212,9 +217,6 @@ def summarise(results):
         if some:
             scores[name] = score_results(some)
 
-    # the imagined blocks of all answers, as far as they were compared with true ones
-    blocks = [block for result in results for block in result.imagery]
-    cosines = zip(*(block["cosine"] for block in blocks))  # for each latent index
     return {
         "scores": scores,
         "macro": mean(scores[name]["accuracy"] for name in subtasks),
@@ -224,33 +226,25 @@ def summarise(results):
         "cut": sum(result.truncated for result in results),
         "blocks": mean(result.blocks for result in results),
         "tokens": mean(result.tokens for result in results),
-        "imagery": {
-            "compared": len(blocks),
-            "retrieval": mean(block["retrieval"] for block in blocks),
-            "chance": mean(block["chance"] for block in blocks),
-            "cosine": [mean(cosine) for cosine in cosines],
-        },
+        "imagery": summarise_imagery(results),
     }
 
 
 def print_table(summary):
     """Prints the scores, a line each, and the rest."""
-    print(f"{'':20}     n  right       %   95 % interval  release  chance  retrieval")
-    line = "{:20}{n:6d}{correct:7.5g}{accuracy:>8}{low:>8} - {high:>5}{release:>9}{chance:>8}{}  {note}"
+    print(f"{'':20}     n  right       %   95 % interval  release  chance  retrieval  object@1")
+    line = "{:20}{n:6d}{correct:7.5g}{accuracy:>8}{low:>8} - {high:>5}{release:>9}{chance:>8}"
+    line += "{:>11}{:>10}  {note}"
     for name, score in summary["scores"].items():
-        retrieval = "" if score["retrieval"] is None else f"{score['retrieval']:11.3f}"
-        print(line.format(name, retrieval, **as_percent(score)).rstrip())
+        found = []
+        for comparison in ("retrieval", "object"):
+            share = score[comparison]
+            found.append("" if share is None else f"{share:.3f}")
+        print(line.format(name, *found, **as_percent(score)).rstrip())
     print("\n".join(describe_summary(summary)))
 
 
 # ---------------------------------------------------------------- controls: what is shown, what is fed
-
-
-def same_subtask(rows, index):
-    """Indices of the questions of a row's subtask on other clips."""
-    row = rows[index]
-    others = [i for i, other in enumerate(rows) if other.subtask == row.subtask and other.clip != row.clip]
-    return [i for i in others if not rows[i].skip_reason]
 
 
 def choose_other(rows, index, seed):
@@ -334,70 +328,28 @@ class TrueLatents:
         self.model = model
         self.rows = rows
         self.vision = vision if vision and vision.keep else VisionCache(model)
+        self.moments = index_overlays(rows)  # the overlays of each moment, by thing
         self.pooled = {}  # overlay file -> (K, D)
 
     @torch.no_grad()
-    def __call__(self, indices):
-        """The true latents of the rows of these indices, whose overlays are encoded together."""
-        # a model without latents has nothing to compare
-        K = self.model.K
-        overlays = [self.rows[i].image_output if K else [] for i in indices]
-        missing = [path for own in overlays for path in own if path not in self.pooled]
-        self.vision.encode_missing([(path,) for path in missing], self.rows[indices[0]].source)
+    def encode(self, files, source):
+        """The true latents (n, K, D) of n overlays, which are encoded together."""
+        missing = [path for path in dict.fromkeys(files) if path not in self.pooled]
+        self.vision.encode_missing([(path,) for path in missing], source)
         # the features are in the cache now, and are pooled as they are in training
         for path in missing:
             entry = self.vision.store[(path,)]
             latents = self.model.pool(entry.features.to(self.model.device), entry.grid)
             self.pooled[path] = latents.float().cpu()
-        none = torch.zeros(0, K, self.model.config.text_config.hidden_size)
-        return [torch.stack([self.pooled[path] for path in own]) if own else none for own in overlays]
+        none = torch.zeros(0, self.model.K, self.model.config.text_config.hidden_size)
+        return torch.stack([self.pooled[path] for path in files]) if files else none
 
-
-def centre(x, gallery):
-    """Unit vectors less the gallery's mean one at their latent index: (n, K, D), (G, K, D) -> (n, K, D).
-
-    Pooled features share one direction, so the plain cosine of any two is near 1.
-    """
-    common = F.normalize(gallery, dim=-1).mean(dim=0)  # (K, D)
-    return F.normalize(F.normalize(x, dim=-1) - common, dim=-1)
-
-
-def retrieval(generated, true):
-    """Are latents nearest to their own true ones? (n, K, D), (G, K, D) -> hit (n,), cosine (n, K).
-
-    true[i] is row i's own. A hit: the centred cosine, mean over K, is higher with true[i] than with any other
-    of the G, which should be of one kind and each of another clip; a tie is a miss. Chance is 1/G.
-    """
-    cosine = torch.einsum("nkd,gkd->ngk", centre(generated, true), centre(true, true))
-    near = cosine.mean(dim=-1)  # (n, G)
-    others = near.clone().fill_diagonal_(-torch.inf)
-    return near.diagonal() > others.amax(dim=1), cosine.diagonal().T
-
-
-def gallery_of(rows, index, block, size=64):
-    """The row, and others of its subtask with this block, each of another clip -> up to `size` indices."""
-    # several questions may be about one clip, whose overlays are alike: one of them is enough
-    of_clip = {}
-    for i in same_subtask(rows, index):
-        if len(rows[i].image_output) > block:
-            of_clip[rows[i].clip] = i
-    return [index, *of_clip.values()][:size]
-
-
-def compare_blocks(rows, index, latents, truth):
-    """Imagined blocks (n, K, D) of a row against the true ones of their ordinal in its gallery -> [dict].
-
-    truth: TrueLatents. Blocks beyond the true ones, and rows without a gallery, are not compared.
-    """
-    compared = []
-    for block in range(min(len(latents), len(rows[index].image_output))):
-        gallery = gallery_of(rows, index, block)
-        if len(gallery) > 1:
-            true = torch.stack([blocks[block] for blocks in truth(gallery)])  # (G, K, D), its own first
-            hit, cosine = retrieval(latents[block : block + 1], true)
-            found = {"retrieval": hit.item(), "chance": 1 / len(gallery), "cosine": cosine[0].tolist()}
-            compared.append(found)
-    return compared
+    def __call__(self, indices):
+        """The true latents of the rows of these indices, whose overlays are encoded together."""
+        # a model without latents has nothing to compare
+        overlays = [self.rows[i].image_output if self.model.K else [] for i in indices]
+        self.encode([path for own in overlays for path in own], self.rows[indices[0]].source)
+        return [self.encode(own, self.rows[i].source) for i, own in zip(indices, overlays)]
 
 
 # ---------------------------------------------------------------- answering
@@ -416,8 +368,7 @@ def answer(model, rows, batch, settings, truth, vision=None):
         donors = [choose_other(rows, i, settings.seed) for i in batch]
         plain = dataclasses.replace(settings, latents="")
         tables = [result.latents for result in answer(model, rows, donors, plain, truth, vision)]
-    pad = model.qwen.get_input_embeddings().weight[model.token_id["latent_pad"]]
-    feed = make_feed(settings.latents, batch, tables, pad, model.K, settings.seed)
+    feed = make_feed(settings.latents, batch, tables, model.pad_embedding(), model.K, settings.seed)
 
     # an answer depends on the seed and the question, not on its batch-mates
     generators = []
@@ -554,20 +505,44 @@ def evaluate(model, rows, out=None, settings=None, limit=0, resume=True, rank=0,
 # ---------------------------------------------------------------- picture and report
 
 
-def draw_row(model, rows, index, settings):
-    """Answers a row and draws that -> Drawing."""
-    vision = VisionCache(model)
-    truth = TrueLatents(model, rows, vision)
-    result = answer(model, rows, [index], settings, truth, vision)[0]
+def score_readout(model, rows, indices, settings, readout):
+    """R² of a readout (lib/imagery.py) on the overlays of these rows: of true latents, of imagined ones."""
+    truth = TrueLatents(model, rows)
+    true = {"latents": [], "files": []}
+    imagined = {"latents": [], "files": []}
+    for batch in plan_batches(rows, indices, settings.batch):
+        for result in answer(model, rows, batch, settings, truth):
+            files = rows[result.row].image_output
+            true["latents"].extend(truth([result.row])[0])
+            true["files"].extend(files)
+            # more blocks, or fewer, may be imagined than there are overlays
+            imagined["latents"].extend(result.latents[: len(files)])
+            imagined["files"].extend(files[: len(result.latents)])
+
+    shares = []
+    for part in (true, imagined):
+        share = None
+        if part["files"]:
+            pixels = load_pixels(part["files"], rows[indices[0]].source)
+            share = r_squared(readout, torch.stack(part["latents"]), pixels)
+        shares.append(share)
+    return {"true_r2": shares[0], "imagined_r2": shares[1], "rows": len(indices)}
+
+
+def draw_row(model, rows, index, settings, readout=None):
+    """Answers a row and draws that, its imagery as a readout (lib/imagery.py) shows it -> Drawing."""
+    truth = TrueLatents(model, rows)
+    result = answer(model, rows, [index], settings, truth)[0]
     shown = apply_video_control(rows, index, settings)
-    return draw_answer(model, vision, shown, result, truth([index])[0])
+    return draw_answer(shown, result, truth([index])[0], readout)
 
 
-def draw(model, rows, out, log="", samples=8):
+def draw(model, rows, out, log="", samples=8, train_rows=None, overlays=3000):
     """Answers some rows of `out` again, right and wrong ones, and draws out/picture.png and out/report.html.
 
-    log: the training run's log.jsonl, for the curves. The report also shows the scores of the controls that
-    stand beside `out`, such as eval_video-none.
+    log: the training run's log.jsonl, for the curves. The imagery is drawn by a readout, fitted on at most so
+    many overlays of train_rows, or of half of the rows if there are none; its R² goes to out/summary.json.
+    The report also shows the scores of the controls that stand beside `out`, such as eval_video-none.
     """
     out = Path(out)
     summary = read_json(out / "summary.json")
@@ -577,14 +552,27 @@ def draw(model, rows, out, log="", samples=8):
     folder = out / f"seed_{settings.seed}" if "seeds" in summary else out
     results = list(read_results(folder / "results.jsonl").values())
 
+    # the readout sees none of the rows that it is shown on
+    answered = [result["row"] for result in results]
+    fitted, held_out = split_rows(rows, train_rows, answered)
+    readout = learn_readout(TrueLatents(model, rows), fitted, overlays)
+    if readout:
+        summary["readout"] = score_readout(model, rows, held_out[:64], settings, readout)
+        write_json(out / "summary.json", summary)
+        print(describe_readout(summary["readout"]))
+    shown = set(held_out if readout else answered)
+
     # right and wrong answers, half of each, evenly spaced over the file
     drawings = []
     for correct in (True, False):
-        indices = [result["row"] for result in results if result["correct"] == correct]
+        those = [result["row"] for result in results if result["correct"] == correct]
+        indices = [index for index in those if index in shown]
         for index in evenly_spaced(indices, max(1, samples // 2)):
-            drawings.append(draw_row(model, rows, index, settings))
+            drawings.append(draw_row(model, rows, index, settings, readout))
     if settings.video != "none":
-        draw_picture([drawings[0], drawings[-1]]).save(out / "picture.png")
+        # the right answer with most imagery, and a wrong one
+        most = max(drawings[: max(1, samples // 2)], key=lambda drawing: len(drawing.blocks))
+        draw_picture([most, drawings[-1]]).save(out / "picture.png")
 
     # controls of the same weights only, not of another run's
     for file in sorted(out.parent.glob(f"{out.name}_*/summary.json")):
@@ -629,7 +617,10 @@ def output_folder(c, name):
 def report(c, model, rows, out, summary):
     """Prints the scores, draws the picture and the page, and says where all of it is."""
     print_table(summary)
-    draw(model, rows, out, newest_checkpoint(c.MODEL).parent / "log.jsonl", c.SAMPLES)
+    log = newest_checkpoint(c.MODEL).parent / "log.jsonl"
+    # a benchmark has no training questions with overlays
+    train_rows = read_twin(c.DATA) if c.BENCH == "toy" and c.READOUT else []
+    draw(model, rows, out, log, c.SAMPLES, train_rows, c.READOUT)
     names = ["summary.json", "picture.png", "report.html"]
     # where nothing was seen there is no picture
     if c.VIDEO == "none":

@@ -43,18 +43,20 @@ from PIL import Image
 import lib.rows
 from lib import vocabulary
 from lib.annotator import Annotator, require_url
-from lib.clips import Clip, Draft
+from lib.clips import Clip, Draft, is_in_time_order
 from lib.command_line import override_constants, require, require_choice
 from lib.contact_sheet import draw_sheet
+from lib.evidence import add_moving_object
 from lib.files import evenly_spaced, is_json, is_leftover, read_json, remove_leftovers, replace_folder
 from lib.files import to_jsonl, write_json, write_text
 from lib.footage import describe_error, list_segmenters, list_videos, load_segmenter, path_inside
-from lib.footage import read_shots
-from lib.geometry import centroid_and_area, describe_location, mask_box, object_labels
+from lib.footage import fill_empty_split, object_names, read_shots
+from lib.geometry import centroid_and_area, describe_location, mask_box
 from lib.jobs import Job, Result, add_timing, print_rates, read_record, run_jobs, take_timings
+from lib.look_alikes import draw_look_alikes
+from lib.questions import question_rows
 from lib.safety import release_lock, report_errors, take_lock
-from lib.spatialvid import camera_segments, read_caption
-from lib.tables import read_table
+from lib.spatialvid import camera_segments
 from lib.toy_scenes import draw_clip
 
 # paths
@@ -70,7 +72,12 @@ RL_TEST_CLIPS = 250  # >= 0; clips of rl_test.jsonl (ours)
 P_OBJECT_CLIP = 0.6  # 0 to 1; share of clips asked about objects (rl: both), others about the camera (ours)
 P_CAMERA = (0.45, 0.35, 0.20)  # 0 to 1, sum 1; camera clips: one movement, two at once, two segments (ours)
 P_OBJECT = (0.2, 0.3)  # 0 to 1; object clips: the camera moves too; two moving objects (ours)
+P_FOLLOW = 0.0  # 0 to 1; share of clips with four look-alikes that change places, for any split (ours)
 P_ASKED = (0.15, 0.15, 0.15)  # 0 to 1; moving objects: distance, not direction; a box; speed too (ours)
+EXCHANGES = (1, 4)  # 0 to 20, rising; fewest and most exchanges of look-alikes in train and test clips (ours)
+RL_EXCHANGES = (3, 4)  # 0 to 20, rising; the same in rl clips (ours)
+EXCHANGE = 6  # 2 to 100; frames of one exchange; each frame pair has a key frame (ours)
+FOLLOWED = (2, 4)  # 1 to 4; look-alikes asked about: of a train clip, of any other (ours)
 OVERLAYS = (2, 3)  # >= 2, rising; fewest and most of a moving object, its ends always in (paper: 2 to 5)
 # toy world
 SIZE = 56  # 8 to 4096; side of a square frame, pixels (ours)
@@ -86,7 +93,7 @@ HIDDEN_AREA = 0.005  # 0 to 1; below this share of the frame a thing is called h
 LINES = (20, 90, 165, 235)  # 0 to 255, any length; greys of upright lines, so that x can be seen (ours)
 NOISE = 4.0  # 0 to 255; standard deviation of the pixel noise, of 255 (ours)
 # real footage
-SEGMENTER = "motion"  # a file of lib/segmenters: "motion" (crude, needs no masks), "files", "dyn" or "sam3"
+SEGMENTER = "motion"  # a file of lib/segmenters: "motion" or "flow" (need no masks), "files", "dyn", "sam3"
 WEIGHTS = "facebook/sam3"  # of a segmenter that has some: their folder, or their name on the hub (gated)
 ANNOTATOR = "template"  # "template" | "api": who names objects, checks overlays and writes the reasoning
 BASE_URL = "https://api.openai.com/v1"  # OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY
@@ -97,7 +104,8 @@ TIMEOUT = 120.0  # > 0, <= 86400; seconds that one request may take, reply inclu
 SAMPLE_FPS = 4.0  # > 0, <= 1e3; frames a second of videos without indexes.txt (ours; paper: 1)
 WINDOW = 8  # >= 4; frames of one clip of such a video; longer shots give several that overlap by half (ours)
 MAX_FRAMES = 50  # >= 4; annotated clips with more frames are skipped (release)
-MAX_JUMP = 45.0  # 0 to 255; mean change of brightness between neighbouring frames that is a cut (ours)
+CUT_CHANGE = 0.15  # 0 to 1; share of the colours that changes at a cut (ours)
+MIN_CONFIDENCE = 0.4  # 0 to 1; least score of an object row without poses and depth (ours)
 MAX_SIDE = 160  # >= 1; longer side of the stored frames, pixels (ours)
 MIN_MASK = 0.001  # 0 to 1; Eq. 2: least area of a mask, share of the frame (release)
 MAX_GROWTH = 4.0  # >= 1; Eq. 2: largest ratio between a mask's area and the median of its clip (ours)
@@ -105,10 +113,10 @@ CUE_SLACK = 0.05  # >= 0; Eq. 3: displacement against a camera label, in frames,
 DROP_CONTRADICTED = True  # False: rows whose camera label is contradicted stay, flagged (ours)
 HELD_OUT = 0.25  # 0 to 1; share of the scenes that go to test_*.jsonl (ours)
 # overlay
-ALPHA = 0.4  # 0 to 1; Eq. 1 (release)
+ALPHA = 0.6  # 0 to 1; Eq. 1 (ours: the toy's frames are small; release: 0.4)
 OVERLAY_COLOUR = (255, 0, 0)  # 0 to 255; Eq. 1, RGB (release)
 # logging
-INSPECT = 0  # >= 0; rows of train_imagery.jsonl drawn into OUT/inspect.png (ours)
+INSPECT = None  # >= 0; rows drawn into OUT/inspect.png; None: 8 of real footage, 0 of the toy (ours)
 # system
 SEED = 0  # >= 0; every clip's generator is a function of (SEED, split, number)
 WORKERS = os.cpu_count()  # 1 to 1000; processes; the files do not depend on it
@@ -357,13 +365,24 @@ def overlay_name(clip, thing, frame):
     return f"processed_data/{clip.name}/masked_{kind}_overlays/{prefix}{suffix}_f{frame:04d}.jpg"
 
 
+def write_thought(rng, phrases, thing, times, label, gap):
+    """The chain of thought: a step for each keyframe's time, `gap` (the placeholder) after it, the label."""
+    thought = ""
+    for number, t in enumerate(times):
+        opening = "open" if number == 0 else "link"
+        thought += pick_phrase(rng, phrases[opening], thing=thing, t=t) + gap
+    return thought + pick_phrase(rng, phrases["end"], thing=thing, label=label)
+
+
 def make_row(rng, clip, subtask, thing, keyframes, options, name):
     """Eq. 4: a question about a clip, whose reasoning imagines `thing` at the keyframes -> Draft.
 
     options: 4 texts, the truth first. Each step of the reasoning ends with a placeholder for an overlay.
     """
     # The question, with times and sizes in its phrase and its options in random order.
-    kind = "camera" if subtask.startswith("camera") else subtask.split("_")[1]
+    family, kind = subtask.split("_")
+    if family in ("camera", "follow"):
+        kind = family
     phrases = vocabulary.phrases_for(kind)
     label = options[0]
     height, width = clip.frames.shape[1:3]
@@ -371,15 +390,11 @@ def make_row(rng, clip, subtask, thing, keyframes, options, name):
     question = pick_phrase(rng, phrases["ask"], thing=thing, a=times[0], b=times[-1], w=width, h=height)
     question, _, key = shuffle_options(rng, question, options)
 
-    # The chain of thought: a step for each keyframe, the overlay's placeholder after it, then the label.
-    thought = ""
-    for number, t in enumerate(times):
-        opening = "open" if number == 0 else "link"
-        step = pick_phrase(rng, phrases[opening], thing=thing, t=t)
-        thought += f"{step} {lib.rows.PLACEHOLDER} "
-    thought += pick_phrase(rng, phrases["end"], thing=thing, label=label)
+    thought = write_thought(rng, phrases, thing, times, label, f" {lib.rows.PLACEHOLDER} ")
     row = base_row(clip, name, question, thought, f"{key}. {label}", subtask)
     row["image_output"] = [overlay_name(clip, thing, t) for t in keyframes]
+    row["overlay_frames"] = list(keyframes)  # ours: which frame each overlay shows, and which thing
+    row["overlay_things"] = [thing for _ in keyframes]
 
     # What the verbal form says in place of each overlay.
     locations = []
@@ -434,6 +449,37 @@ def object_rows(rng, clip, overlays):
     return drafts
 
 
+def follow_rows(rng, clip, count):
+    """Where are `count` of the look-alikes in the end? Every second frame is a key frame, the last is one.
+
+    The subtask tells how many exchanges moved the thing: follow_0, follow_1, ...
+    """
+    drafts = []
+    keyframes = list(range(1 + len(clip.times) % 2, len(clip.times), 2))
+    for thing in rng.permutation(clip.moving).tolist()[:count]:
+        slots = clip.slots[thing]
+        moved = sum(now != then for now, then in zip(slots, slots[1:]))
+        places = vocabulary.VOCABULARY["follow"]
+        end = places[slots[-1]]
+        options = [end, *[place for place in places if place != end]]
+        name = "follow_" + thing.replace(" ", "-")
+        drafts.append(make_row(rng, clip, f"follow_{moved}", thing, keyframes, options, name))
+    return drafts
+
+
+def rl_row(clip, name, subtask, question, lettered, key):
+    """A question in the release's 4DRL schema: options are fields of their own, and there is no reasoning."""
+    row = {"Type": subtask, "Question": question}
+    row.update(lettered)
+    row["Correct"] = key
+    row["video_path"] = ""
+    row["frame_paths"] = frame_names(clip)
+    row["times"] = clip.times
+    row["clip"] = clip.name
+    row["id"] = f"{clip.name}_{name}"
+    return row
+
+
 def compound_rows(rng, clip, kind):
     """A 4DRL question, answer only: camera and object both move, or one camera movement follows the other."""
     # The two true labels, and options that hold both.
@@ -445,16 +491,17 @@ def compound_rows(rng, clip, kind):
     begin, end = format_seconds(clip.times[0]), format_seconds(clip.times[-1])
     question = pick_phrase(rng, vocabulary.phrases_for(kind)["ask"], thing=thing, a=begin, b=end)
     _, lettered, key = shuffle_options(rng, question, options)
-    # The release's 4DRL schema: options are fields of their own, and there is no chain of thought.
-    row = {"Type": f"compound_{kind}", "Question": question}
-    row.update(lettered)
-    row["Correct"] = key
-    row["video_path"] = ""
-    row["frame_paths"] = frame_names(clip)
-    row["times"] = clip.times
-    row["clip"] = clip.name
-    row["id"] = f"{clip.name}_{kind}"
+    row = rl_row(clip, kind, f"compound_{kind}", question, lettered, key)
     return [Draft(row, options[0])]
+
+
+def rl_follow_rows(rng, clip):
+    """A 4DRL question, answer only: where is one of the look-alikes in the end?"""
+    draft = follow_rows(rng, clip, 1)[0]
+    question, options = draft.row["text_input"].split("\n\n")
+    lettered = dict(line.split(". ", 1) for line in options.splitlines())
+    row = rl_row(clip, "follow", draft.row["subtask"], question, lettered, draft.key)
+    return [Draft(row, draft.label)]
 
 
 def final_row(draft, form):
@@ -470,23 +517,12 @@ def final_row(draft, form):
         text += part
     row = dict(draft.row)
     row["text_output"] = text
-    row["image_output"] = []
+    for name in ("image_output", "overlay_frames", "overlay_things"):
+        row[name] = []
     return row
 
 
 # ---------------------------------------------------------------- validator
-
-
-def is_in_time_order(names, times):
-    """Whether overlays, by the frame numbers in their names, show later and later moments of the clip."""
-    # a frame that the clip does not have is out of order, too
-    previous = -1
-    for name in names:
-        frame = int(re.search(r"f(\d+)\.\w+$", name)[1])
-        if frame >= len(times) or times[frame] <= previous:
-            return False
-        previous = times[frame]
-    return True
 
 
 def validate(row, key=None):
@@ -548,20 +584,36 @@ def toy_clip(c, split, number, make_rows=None):
     """
     # The generator is a function of (SEED, split, number), so clips can be made in any order.
     rng = np.random.default_rng([c.SEED, vocabulary.SPLITS.index(split), number])
-    is_about_object = rng.random() < c.P_OBJECT_CLIP
+    kind, default_rows = draw_kind(c, rng, split)
     name = f"{split}_{number:05d}"
-    if split.startswith("rl"):
-        kind = "both" if is_about_object else "sequence"
+    if kind == "follow":
+        exchanges = c.RL_EXCHANGES if split.startswith("rl") else c.EXCHANGES
+        clip = draw_look_alikes(c, rng, name, exchanges)
+    else:
         clip = draw_clip(c, rng, kind, name)
-        return clip, compound_rows(rng, clip, kind), Counter()
-
-    # DIFT clips are asked about objects or about the camera, not about both.
-    kind = "object" if is_about_object else "camera"
-    clip = draw_clip(c, rng, kind, name)
-    if make_rows is None:
-        make_rows = camera_rows if kind == "camera" else partial(object_rows, overlays=c.OVERLAYS)
-    drafts, dropped = make_valid_rows(make_rows, rng, clip)
+    # the validator is for reasoning, which 4DRL rows do not have
+    if split.startswith("rl"):
+        return clip, default_rows(rng, clip), Counter()
+    drafts, dropped = make_valid_rows(make_rows or default_rows, rng, clip)
     return clip, drafts, dropped
+
+
+def draw_kind(c, rng, split):
+    """What a clip of a split is asked about -> its kind, and the function (rng, clip) that makes its rows."""
+    share = rng.random()
+    is_rl = split.startswith("rl")
+    if share < c.P_FOLLOW:
+        followed = c.FOLLOWED[0] if split == "train" else c.FOLLOWED[1]
+        return "follow", rl_follow_rows if is_rl else partial(follow_rows, count=followed)
+
+    # the rest: DIFT clips are asked about objects or about the camera, not about both
+    is_about_object = (share - c.P_FOLLOW) / (1 - c.P_FOLLOW) < c.P_OBJECT_CLIP
+    if is_rl:
+        kind = "both" if is_about_object else "sequence"
+        return kind, partial(compound_rows, kind=kind)
+    if is_about_object:
+        return "object", partial(object_rows, overlays=c.OVERLAYS)
+    return "camera", camera_rows
 
 
 # ---------------------------------------------------------------- clips of real footage
@@ -611,22 +663,6 @@ def rewrite(c, clip, draft, annotator):
     return Draft.from_json(accepted) if accepted else None
 
 
-def object_names(shot, annotator):
-    """Names of a shot's two objects by role, "static" and "dynamic"; None if the annotator finds none."""
-    if annotator:
-        names = annotator.name_objects(shot.frames, read_caption(shot.folder))
-        if not names:
-            return None
-    else:
-        names = shot.notes.get("objects", {})
-    if len(set(names.values())) < len(names):  # one name for two objects is none
-        names = {}
-    return {
-        "static": names.get("static_object") or "static object",
-        "dynamic": names.get("dynamic_object") or "moving object",
-    }
-
-
 def find_masks(c, shot, segmenter, role, name, numbers, annotator):
     """Eq. 2: masks (T, H, W) of one object where they are consistent; empty in the other frames.
 
@@ -634,7 +670,10 @@ def find_masks(c, shot, segmenter, role, name, numbers, annotator):
     """
     # Sizes first, they cost nothing; then the annotator, if there is one, looks at what is left.
     begun = time.time()
-    masks = segmenter.masks(shot.frames, name, shot.mask_files(role), c.WEIGHTS)
+    if hasattr(segmenter, "masks_of_shot"):
+        masks = segmenter.masks_of_shot(shot)
+    else:
+        masks = segmenter.masks(shot.frames, name, shot.mask_files(role), c.WEIGHTS)
     add_timing("masks", len(masks), begun)
     masks &= consistent(masks, c.MIN_MASK, c.MAX_GROWTH)[:, None, None]
     if annotator:
@@ -683,20 +722,15 @@ def real_clip(c, shot, annotator=None):
     if names is None:
         return clip, Counter({"clips have no two objects that the annotator names": 1})
 
-    # The moving object; the background's shift stands in for a turning camera where there are no poses.
+    # The moving object.
     reasons = Counter()
     every_frame = range(len(shot.frames))
     masks = find_masks(c, shot, segmenter, "dynamic", names["dynamic"], every_frame, annotator)
     if masks.any((1, 2)).sum() < 2:
-        reasons["clips show no consistent dynamic object in two frames (Eq. 2)"] += 1
+        none = "clips show no consistent dynamic object in two frames (Eq. 2)"
+        reasons[getattr(segmenter, "NOTHING", none)] += 1
     else:
-        notes = dict(shot.notes)
-        if hasattr(segmenter, "global_shifts") and "poses" not in notes:
-            notes["shifts"] = segmenter.global_shifts(shot.frames.mean(-1))
-        clip.moving = [names["dynamic"]]
-        clip.masks[names["dynamic"]] = masks
-        labels = object_labels(masks, notes, c.HFOV)
-        clip.facts[names["dynamic"]] = {"box": "", **labels}
+        reasons += add_moving_object(c, clip, shot, names["dynamic"], masks)
 
     # The landmark, at the ends of the camera's segments.
     if segments:
@@ -745,54 +779,11 @@ def video_clips(c, job, name):
             clips.append((clip, drafts))
             dropped += reasons
             dropped += bad
-    except Exception as error:  # decord raises many kinds; each means that these files cannot be used
+    except Exception as error:  # readers raise many kinds; each means that these files cannot be used
         return [], {f"clips are unreadable ({describe_error(error)})": 1}
     if not clips:
         return [], {"videos have no shot of four frames": 1}
     return clips, dropped
-
-
-def question_rows(c, jobs):
-    """QUESTIONS of the release or DSR-Train about the jobs' videos -> {split: drafts}, {reason: clips}.
-
-    A video is known by its name without folders; grpo4d.py takes the frames.
-    """
-    require(
-        Path(c.QUESTIONS).is_file(), f"QUESTIONS={c.QUESTIONS} is no file; give a jsonl, json or parquet."
-    )
-    jobs_by_name = {Path(job.path).stem: job for job in jobs}
-    drafts, missing = {}, []
-    for number, entry in enumerate(read_table(Path(c.QUESTIONS)), 1):
-        row = to_4drl_row(entry)
-        flaw = lib.rows.find_flaw(row)
-        require(not flaw, f"{c.QUESTIONS}: question {number} lacks its text or its right option: {flaw}.")
-        is_named = isinstance(row.get("video_path"), str) and row["video_path"]
-        require(is_named, f"{c.QUESTIONS}: question {number} lacks its video's name.")
-
-        # Paths of the release are those of another machine; only the video's name counts.
-        name = Path(row["video_path"]).name.removesuffix(".mp4")
-        job = jobs_by_name.get(name)
-        if job is None:
-            missing.append(name)
-            continue
-        row["video_path"] = os.path.relpath(job.path, c.OUT)
-        row["id"] = f"{name}_{number}"
-        row["clip"] = name
-        drafts.setdefault(f"rl_{job.split}", []).append(Draft(row, row["Correct"]))
-    found = f"QUESTIONS={c.QUESTIONS} asks about no video in VIDEOS={c.VIDEOS}"
-    require(drafts, f"{found}; set VIDEOS to their folder.")
-    return drafts, {"questions are about videos that are not in VIDEOS": missing} if missing else {}
-
-
-def to_4drl_row(entry):
-    """A question of the release or of DSR-Train -> a row of the 4DRL schema; {} if it is something else."""
-    if not isinstance(entry, dict):
-        return {}
-    row = {vocabulary.DSR_TRAIN_FIELDS.get(name, name): value for name, value in entry.items()}
-    options = row.pop("options", None)
-    if isinstance(options, (list, tuple)):
-        row.update(zip(lib.rows.LETTERS, options))
-    return row
 
 
 # ---------------------------------------------------------------- jobs
@@ -904,7 +895,8 @@ def open_folder(out, constants):
 
 def write_split(out, split, drafts):
     """Writes the jsonl files of a split and prints its counts -> counts for meta.json."""
-    require(drafts, f"There are no rows for the split {split}; use more videos or another HELD_OUT or SEED.")
+    remedy = "use more videos, another SEED, or masks of a better SEGMENTER (docs/data.md)"
+    require(drafts, f"There are no rows for the split {split}; {remedy}.")
     # DIFT splits are written in three forms of one and the same rows.
     if split in ("train", "test"):
         for form in vocabulary.FORMS:
@@ -924,7 +916,8 @@ def write_split(out, split, drafts):
 def write_files(out, drafts, dropped, constants):
     """{split: drafts} -> the jsonl files and, last, meta.json with constants and counts."""
     for reason, names in dropped.items():
-        print(f"\ndropped: {len(names)} {reason}, such as {', '.join(names[:3])}", end="")
+        examples = list(dict.fromkeys(names))[:3]
+        print(f"\ndropped: {len(names)} {reason}, such as {', '.join(examples)}", end="")
     counts = {split: write_split(out, split, rows) for split, rows in drafts.items()}
     write_json(out / "meta.json", {"constants": constants, "counts": counts, "dropped": dropped})
 
@@ -951,12 +944,20 @@ def main():
         results = run_jobs(jobs, partial(process_job, c=c), c.WORKERS)
         drafts, dropped, timings = collect(results)
         print_rates(timings, has_annotator=c.ANNOTATOR == "api")
+        if c.SOURCE != "toy":
+            drafts = fill_empty_split(drafts)
     # meta.json is written last and says that the folder is finished.
     write_files(out, drafts, dropped, recorded)
-    if c.INSPECT and c.SOURCE != "questions":
-        draw_sheet(out / "train_imagery.jsonl", out / "inspect.png", c.INSPECT)
+    shown = c.INSPECT
+    if shown is None:
+        shown = 0 if c.SOURCE == "toy" else 8
+    is_drawn = shown > 0 and c.SOURCE != "questions"
+    if is_drawn:
+        draw_sheet(out / "train_imagery.jsonl", out / "inspect.png", shown)
     release_lock(out)
     print(f"\n{out} is ready after {time.time() - begun:.0f} s.")
+    if is_drawn:
+        print(f"Look at some rows before you train on them: {out / 'inspect.png'}")
 
 
 # under torchrun the first process does it all

@@ -127,10 +127,20 @@ class Sample:
     video: tuple = ()  # frame files
     overlays: tuple = ()  # an overlay file for each latent block
     source: str = ""  # "file:line"
+    is_blind: torch.Tensor | None = None  # (T,) bool, text that does not look at the video (BOTTLENECK)
+    is_self_fed: torch.Tensor | None = None  # (T,) bool, latents that are read as imagined (SELF_FED)
+
+    def __post_init__(self):
+        """Without the ablations of dift.py no token is either."""
+        none = torch.zeros_like(self.is_text)
+        self.is_blind = none if self.is_blind is None else self.is_blind
+        self.is_self_fed = none if self.is_self_fed is None else self.is_self_fed
 
 
-def encode_row(model, row, answer=True):
+def encode_row(model, row, answer=True, blind=False, self_fed=False):
     """Eq. 4 and 6: one row -> Sample; `answer=False` stops where the model is to speak.
+
+    blind: text after the first imagery does not look at the video; self_fed: see Thinker.forward (ours).
 
     A row has text_input (question and options), text_output (chain of thought and answer), image_input (frame
     files), times, and image_output (an overlay file for each `<output_image>` of text_output). For K = 2:
@@ -139,6 +149,7 @@ def encode_row(model, row, answer=True):
     is_visual         1 1 1 1
     is_latent                                                      1 1
     is_text                                    1   1   1     1         1     1    1      1
+    is_blind                                                           1     1    1      1
     """
     config = model.config
     vision = config.vision_config
@@ -177,6 +188,9 @@ def encode_row(model, row, answer=True):
     if row.supervise == "letters":
         is_text &= torch.isin(ids, model.letter_ids)
     has_latents = answer and model.K > 0
+    # what starts a block and its latents must see the video, to imagine
+    imagines = is_latent | (ids == model.token_id["latent_start"])
+    has_imagined = (ids == model.token_id["latent_end"]).cumsum(dim=0) > 0
     return Sample(
         ids=ids,
         positions=rope_positions(segments, vision.tokens_per_second),
@@ -184,6 +198,8 @@ def encode_row(model, row, answer=True):
         is_latent=is_latent,
         is_visual=ids == model.token_id["video_pad"],
         is_real=torch.ones(len(ids), dtype=torch.bool),
+        is_blind=has_imagined & ~imagines & blind,
+        is_self_fed=is_latent & self_fed,
         video=tuple(row.image_input),
         overlays=tuple(row.image_output) if has_latents else (),
         source=row.source,
@@ -196,15 +212,19 @@ class Batch:
 
     ids: torch.Tensor  # (B, T)
     positions: torch.Tensor  # (3, B, T)
-    is_text: torch.Tensor  # (B, T) bool, as the next three
+    is_text: torch.Tensor  # (B, T) bool, as the next five
     is_latent: torch.Tensor
     is_visual: torch.Tensor
     is_real: torch.Tensor
+    is_blind: torch.Tensor
+    is_self_fed: torch.Tensor
     text_at: torch.Tensor  # (n,) places of is_text in all B · T tokens, row after row
     latent_at: torch.Tensor  # (n,) places of is_latent
     videos: list  # frame files of each row that has a video
     overlays: list  # (overlay file,) of each latent block
     source: str  # of the first row, for error sentences
+    has_blind: bool = False  # whether any token is; known on the CPU, so that a GPU need not be waited for
+    has_self_fed: bool = False
     video_features: torch.Tensor | None = None  # (n, D), from here on filled in by VisionCache
     overlay_features: list = field(default_factory=list)  # (N, D) of each overlay
     overlay_grids: list = field(default_factory=list)  # patches (1, h, w) of each overlay
@@ -234,7 +254,8 @@ def collate(samples, pad_id, side="right"):
             padded.append(F.pad(x, (0, missing) if side == "right" else (missing, 0), value=value))
         return torch.stack(padded, dim)
 
-    masks = {name: stack(name, False) for name in ("is_text", "is_latent", "is_visual", "is_real")}
+    names = ("is_text", "is_latent", "is_visual", "is_real", "is_blind", "is_self_fed")
+    masks = {name: stack(name, False) for name in names}
     return Batch(
         ids=stack("ids", pad_id),
         positions=stack("positions", 0, dim=1),
@@ -245,6 +266,8 @@ def collate(samples, pad_id, side="right"):
         videos=[sample.video for sample in samples if sample.video],
         overlays=[(file,) for sample in samples for file in sample.overlays],
         source=samples[0].source,
+        has_blind=bool(masks["is_blind"].any()),
+        has_self_fed=bool(masks["is_self_fed"].any()),
     )
 
 
@@ -367,9 +390,15 @@ class Thinker(nn.Module):
 
     def feedback(self, hidden):
         """Eq. 8: what a latent position reads is the hidden state, scaled to `latent_norm` if one is set."""
+        if self.config.imagery == "pause":
+            return self.pad_embedding().expand_as(hidden)
         if self.config.latent_norm is None:
             return hidden
         return F.normalize(hidden, dim=-1) * self.config.latent_norm
+
+    def pad_embedding(self):
+        """What a latent position holds where nothing is put in its place (D,)."""
+        return self.qwen.get_input_embeddings().weight[self.token_id["latent_pad"]]
 
     def embed_tokens(self, ids):
         """Token ids (B, T) -> embeddings (B, T, D)."""
@@ -389,12 +418,12 @@ class Thinker(nn.Module):
         """The language model: x (B, T, D), positions (3, B, T) -> hidden states after the norm (B, T, D).
 
         With `read` (n,), places in all B · T tokens, only those (n, D). Rows padded on the right need no mask
-        `is_real`: causal attention never looks at what follows.
+        `is_real` (B, T): causal attention never looks at what follows. A mask may be (B, 1, T, T) bool, too.
         """
         hidden = self.qwen.model.language_model(
             inputs_embeds=x,
             position_ids=positions,
-            attention_mask=None if is_real is None else is_real.long(),
+            attention_mask=is_real,
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
@@ -420,20 +449,38 @@ class Thinker(nn.Module):
             return self.forward_answers(batch, latents, forbid, temperature)
         # Eq. 5: the targets are the pooled overlays, and the very vectors that the model reads (Eq. 7)
         targets = latents
-        if latents is None and batch.overlay_features:
+        is_pause = self.config.imagery == "pause"  # an ablation: pads stand where latents would
+        if latents is None and batch.overlay_features and not is_pause:
             pooled = [self.pool(*overlay) for overlay in zip(batch.overlay_features, batch.overlay_grids)]
             targets = torch.cat(pooled)  # (n_latent, D)
-        require_latents(batch, targets)
+        if not is_pause:
+            require_latents(batch, targets)
         x = self.embed(batch, targets)
+        mask = bottleneck_mask(batch)
+        if batch.has_self_fed:
+            x = self.embed(batch, self.own_latents(batch, x, mask, targets))
 
         # The hidden state at t - 1 predicts token t, and is what the model imagines for latent position t.
         # A row begins with its prompt, so the place before is never in the row before.
         predicted = torch.cat([batch.text_at, batch.latent_at])
-        hidden = self.text(x, batch.positions, read=predicted - 1)  # (n_text + n_latent, D)
+        hidden = self.text(x, batch.positions, mask, read=predicted - 1)  # (n_text + n_latent, D)
         text_hidden, imagined = hidden.split([len(batch.text_at), len(batch.latent_at)])
         text_ids = batch.ids.flatten()[batch.text_at]
         logp = self.log_probs(text_hidden, text_ids, forbid, temperature)
         return logp, imagined, targets
+
+    @torch.no_grad()
+    def own_latents(self, batch, x, mask, targets):
+        """SELF_FED (ours): the targets (n_latent, D), in the rows that it chose as the model imagines them.
+
+        A first pass over the true latents gives h_{t-1} of all positions t at once, scaled as at inference.
+        None stays None: pads, or a micro-batch without imagery.
+        """
+        imagined = self.text(x, batch.positions, mask, read=batch.latent_at - 1)
+        if targets is None:
+            return None
+        is_self_fed = batch.is_self_fed.flatten()[batch.latent_at]
+        return torch.where(is_self_fed[:, None], self.feedback(imagined).to(targets.dtype), targets)
 
     def forward_answers(self, batch, latents, forbid, temperature):
         """The same for 4DRL: rows are G answers to each of batch.prompts, and each prompt is read once."""
@@ -471,6 +518,19 @@ class Thinker(nn.Module):
             cache.batch_repeat_interleave(copies)
         shared = (hidden[:, None], batch.is_real, position)
         return cache, *(x.repeat_interleave(copies, dim=0) for x in shared)
+
+
+def bottleneck_mask(batch):
+    """BOTTLENECK (ours): may token i look at token j? (B, 1, T, T) bool [.., i, j]; None: at all before it.
+
+    In rows with a bottleneck the text after the first imagery sees question, text and imagery, not the video.
+    """
+    if not batch.has_blind:
+        return None
+    T = batch.ids.shape[1]
+    is_before = torch.ones(T, T, dtype=torch.bool, device=batch.ids.device).tril()
+    is_hidden = batch.is_blind[:, :, None] & batch.is_visual[:, None, :]  # (B, T, T)
+    return (is_before & ~is_hidden)[:, None]
 
 
 def require_latents(batch, latents):
@@ -618,6 +678,7 @@ DEFAULTS = {  # settings of a checkpoint that has none of its own
     "min_pixels": 28 * 28,  # (release)
     "max_pixels": 256 * 28 * 28,  # of one frame (release)
     "seconds_per_pair": None,  # None: real time (ours)
+    "imagery": "latents",  # or "pause", see dift.py
     "latent_norm": None,  # None: hidden states are fed back as they are (paper)
     "prompt_suffix": SUFFIX,
 }

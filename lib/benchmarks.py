@@ -24,7 +24,10 @@ COLUMNS = {  # names that some files have for the same thing
     "videoID": "video",
     "relative_path": "video",
 }
-TOY_GROUPS = {"camera (both)": ("camera_single", "camera_pair")}  # of generate_data.py's toy questions
+TOY_GROUPS = {  # of generate_data.py's toy questions
+    "camera (both)": ("camera_single", "camera_pair"),
+    "follow, 2 or more": ("follow_2", "follow_3", "follow_4"),
+}
 
 
 # ---------------------------------------------------------------- one function a benchmark

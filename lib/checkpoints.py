@@ -254,6 +254,10 @@ def read_record(folder, out):
         require(value == only, f"{gone}; set another OUT, or RESUME=never.")
     if "W_ACC" in stored:
         stored["REWARD_WEIGHTS"] = {"acc": stored.pop("W_ACC"), "fmt": stored.pop("W_FMT", None)}
+    # ablations of dift.py that came later: without them
+    if "W_SIM" in stored:
+        for name, without in {"IMAGERY": "latents", "BOTTLENECK": 0.0, "SELF_FED": 0.0}.items():
+            stored.setdefault(name, without)
     return stored
 
 

@@ -1,5 +1,6 @@
 """Records that the toy world and real video share: a clip with its labels, and a row made about it."""
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,7 @@ class Clip:
     camera: list = field(default_factory=list)  # [(first frame, last frame, label)] to be asked about
     facts: dict = field(default_factory=dict)  # {moving thing: {kind of question: label, "" for a box}}
     evidence: dict = field(default_factory=dict)  # {"first->last": fields of that segment's row}
+    slots: dict = field(default_factory=dict)  # look-alikes: {name: its slot at first, after each exchange}
     least_area: float = 0.0  # a smaller mask counts as hidden, share of the frame
     scene: object = None  # toy world only: lib.toy_scenes.Scene
 
@@ -57,3 +59,15 @@ class Draft:
             keyframes=record.get("looks", []),
             locations=record.get("spots", []),
         )
+
+
+def is_in_time_order(names, times):
+    """Whether overlays, by the frame numbers in their names, show later and later moments of the clip."""
+    # a frame that the clip does not have is out of order, too
+    previous = -1
+    for name in names:
+        frame = int(re.search(r"f(\d+)\.\w+$", name)[1])
+        if frame >= len(times) or times[frame] <= previous:
+            return False
+        previous = times[frame]
+    return True

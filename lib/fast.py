@@ -117,7 +117,7 @@ def text(model, x, positions, is_real=None, cache=None, read=None):
     return model.qwen.model.language_model(
         inputs_embeds=x,
         position_ids=positions,
-        attention_mask=None if is_real is None else is_real.long(),
+        attention_mask=is_real,
         past_key_values=cache,
         use_cache=cache is not None,
         read=read,

@@ -12,12 +12,17 @@ import numpy as np
 from PIL import Image
 
 from lib import vocabulary
+from lib.background import shrink
 from lib.command_line import quote, require
+from lib.follow import colour_numbers, colour_shares
 from lib.jobs import Job, add_timing
 from lib.pictures import BadImage
-from lib.spatialvid import BadAnnotation, has_one_note_per_frame, is_annotated, read_notes
+from lib.spatialvid import BadAnnotation, has_one_note_per_frame, is_annotated, read_caption, read_notes
+from lib.video_readers import BadVideo, advise, require_reader
 
 ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")  # of videos
+UNNAMED = "moving object"  # in questions about what no one has named
+BETWEEN = 2  # frames between two frames of a clip, by which its motion is measured
 SEGMENTERS = Path(__file__).parent / "segmenters"
 
 
@@ -31,6 +36,14 @@ class Shot:
     start: int  # number of its first frame among the video's sampled ones
     notes: dict  # as lib.spatialvid.read_notes gives them
     folder: Path  # of annotations and mask images
+    dense: np.ndarray = None  # (M, h, w, 3) uint8, the frames and more between them, small; None: the frames
+    places: list = None  # numbers of the T frames among the M
+
+    def __post_init__(self):
+        """Without frames between them the frames stand for all."""
+        if self.dense is None:
+            self.dense = np.stack([shrink(frame) for frame in self.frames])
+            self.places = list(range(len(self.frames)))
 
     def mask_files(self, role):
         """Paths of the mask images of a role, "static" or "dynamic", one a frame; they may be missing."""
@@ -42,6 +55,8 @@ def describe_error(error):
     """What is wrong with a clip, for a count of reasons: our own words, or the name of a library's error."""
     if isinstance(error, (BadAnnotation, BadImage)):
         return re.sub(r"\S*/", "", str(error))
+    if isinstance(error, BadVideo):
+        return f"{error}; {advise()}"
     return type(error).__name__
 
 
@@ -60,16 +75,15 @@ def list_videos(root, subfolder, seed, held_out_share):
 
     The number is a digest of the path inside the folder, so a run goes on although files were added.
     """
-    from lib.videos import require_decord  # brings torch, which the toy world does not need
-
-    require_decord()
+    require_reader()
     folder = Path(root, subfolder)
     paths = find_videos(folder) if root else []
     shown = quote(str(root and folder))
-    require(paths, f"VIDEOS={shown} holds no mp4 file; set VIDEOS to a folder that does.")
+    endings = ", ".join(ENDINGS)
+    require(paths, f"VIDEOS={shown} holds no video ({endings}); set VIDEOS to a folder that does.")
 
     # A scene is a name without what follows the last "_". Whole scenes are held out for the test split.
-    scenes = [str(path.with_name(path.stem.rpartition("_")[0] or path.stem)) for path in paths]
+    scenes = [scene_of(path) for path in paths]
     names = np.random.default_rng(seed).permutation(sorted(set(scenes))).tolist()
     count = max(1, round(held_out_share * len(names))) if len(names) > 1 else 0
     held_out = names[:count]
@@ -100,35 +114,70 @@ def find_videos(folder):
     return sorted(found)
 
 
-def read_frames(path, fps, most_side, indexes=None):
-    """A video's frames at `indexes`, else fps a second -> PIL images, true times (T,) in seconds.
+def choose_frames(times, fps, between):
+    """Times of all frames (n,) -> numbers of those shown at fps, and with up to `between` more in each gap.
 
-    The longer side of a frame becomes at most `most_side` pixels.
+    At 4 a second of 30, two between: [0, 7, 15], [0, 2, 5, 7, 10, 12, 15].
     """
-    from lib.videos import decode_frames
+    from lib.videos import shown_frames
+
+    shown = shown_frames(times, fps)
+    numbers = set(shown)
+    for first, last in zip(shown, shown[1:]):
+        numbers.update(np.linspace(first, last, between + 2).astype(int).tolist())
+    return shown, sorted(numbers)
+
+
+def read_frames(path, most_side, shown, others=()):
+    """A video's frames of these numbers -> (T, H, W, 3), times (T,) in seconds, and all small (M, h, w, 3).
+
+    The longer side of a frame becomes at most `most_side` pixels. `others` are wanted at small size alone.
+    """
+    from lib.videos import decode_frames  # brings torch, which the toy world does not need
 
     # Each frame is made small as it comes, so that a long video needs no more memory than what is kept.
     begun = time.time()
-    frames, times = [], []
-    for frame, seconds in decode_frames(path, fps, indexes=indexes):
+    kept = set(shown)
+    numbers = sorted(kept.union(others))
+    frames, times, small = [], [], []
+    for number, (frame, seconds) in zip(numbers, decode_frames(path, indexes=numbers)):
         frame.thumbnail((most_side, most_side), Image.Resampling.LANCZOS)
-        frames.append(np.asarray(frame))
-        times.append(seconds)
+        pixels = np.asarray(frame)
+        small.append(shrink(pixels))
+        if number in kept:
+            frames.append(pixels)
+            times.append(seconds)
     add_timing("frames", len(frames), begun)
-    return np.stack(frames), np.round(times, 3)
+    if len(small) < len(numbers):
+        raise BadVideo("frames of it are damaged")
+    return np.stack(frames), np.round(times, 3), np.stack(small)
 
 
-def split_into_windows(frames, window, max_jump):
-    """Frames (T, H, W, 3) -> numbers of each clip's frames: `window` of a shot, overlapping by half.
+def find_cuts(frames, cut_change):
+    """Frames (M, H, W, 3) in close succession -> numbers of those that begin another shot.
 
-    A cut is where the mean brightness changes by more than max_jump, of 255; three frames are no clip.
+    There more than cut_change of the colours change at once, and three times as many as around. A shaken
+    picture keeps its colours; one that is swept about changes them all the time.
     """
-    brightness = frames.mean(-1)
-    jumps = np.abs(np.diff(brightness, axis=0)).mean((1, 2))
-    cuts = np.flatnonzero(jumps > max_jump) + 1
+    shares = np.array([colour_shares(colour_numbers(frame).ravel()) for frame in frames])
+    changes = 1 - np.minimum(shares[1:], shares[:-1]).sum(1)
+    cuts = []
+    for t, change in enumerate(changes):
+        around = [*changes[max(0, t - 3) : t], *changes[t + 1 : t + 4]]
+        if change > cut_change and change > 3 * np.median(around or [0]):
+            cuts.append(t + 1)
+    return cuts
+
+
+def split_into_windows(dense, places, window, cut_change):
+    """All frames (M, H, W, 3), the numbers of T among them -> those of each clip, numbers among the T.
+
+    A clip is `window` frames of a shot, overlapping by half; three frames are none.
+    """
+    cuts = np.searchsorted(places, find_cuts(dense, cut_change))
     half = window // 2
     windows = []
-    for shot in np.split(np.arange(len(frames)), cuts):
+    for shot in np.split(np.arange(len(places)), cuts):
         if len(shot) > 3:
             starts = range(0, max(1, len(shot) - half), half)
             windows += [shot[start : start + window] for start in starts]
@@ -145,24 +194,80 @@ def read_shots(c, job, name):
 
     c: constants of generate_data.py; name: of the job's folder, in which each shot has one of its own.
     """
+    from lib.videos import frame_times
+
     stem = path_inside(c, job.path).with_suffix("")
     folder = Path(c.VIDEOS, vocabulary.VIDEO_FOLDERS[c.SOURCE][1], stem)
     depths = Path(c.VIDEOS, "depths", stem)
     notes = read_notes(folder, depths, is_whole=c.SOURCE == "spatialvid")
-    frames, times = read_frames(job.path, c.SAMPLE_FPS, c.MAX_SIDE, notes.get("indexes"))
-    if not has_one_note_per_frame(notes, len(times)):
+    if "indexes" in notes:
+        shown = all_numbers = notes["indexes"].tolist()
+    else:
+        shown, all_numbers = choose_frames(frame_times(job.path), c.SAMPLE_FPS, BETWEEN)
+    if not has_one_note_per_frame(notes, len(shown)):
         return None
+    frames, times, dense = read_frames(job.path, c.MAX_SIDE, shown, all_numbers)
+    places = np.searchsorted(all_numbers, shown)
 
     # Annotated frames are one clip; other videos are cut into windows.
     if is_annotated(notes):
-        if len(times) > c.MAX_FRAMES:
+        if len(frames) > c.MAX_FRAMES:
             return None
-        windows = [np.arange(len(times))]
+        windows = [np.arange(len(frames))]
     else:
-        windows = split_into_windows(frames, c.WINDOW, c.MAX_JUMP)
+        windows = split_into_windows(dense, places, c.WINDOW, c.CUT_CHANGE)
     shots = []
     for window in windows:
-        start = int(window[0])
-        shot_name = f"{name}/{start:05d}"
-        shots.append(Shot(shot_name, frames[window], times[window].tolist(), start, notes, folder))
+        first, last = places[window[0]], places[window[-1]]
+        shot = Shot(
+            name=f"{name}/{window[0]:05d}",
+            frames=frames[window],
+            times=times[window].tolist(),
+            start=int(window[0]),
+            notes=notes,
+            folder=folder,
+            dense=dense[first : last + 1],
+            places=(places[window] - first).tolist(),
+        )
+        shots.append(shot)
     return shots
+
+
+def object_names(shot, annotator):
+    """Names of a shot's two objects by role, "static" and "dynamic"; None if the annotator finds none."""
+    if annotator:
+        names = annotator.name_objects(shot.frames, read_caption(shot.folder))
+        if not names:
+            return None
+    else:
+        names = shot.notes.get("objects", {})
+    if len(set(names.values())) < len(names):  # one name for two objects is none
+        names = {}
+    return {
+        "static": names.get("static_object") or "static object",
+        "dynamic": names.get("dynamic_object") or UNNAMED,
+    }
+
+
+def fill_empty_split(drafts):
+    """{"train": drafts, "test": drafts} of real footage -> the same, so that neither split is empty.
+
+    The last scene with rows of the one is handed to the other, or is in both if it is the only one.
+    """
+    empty = [split for split, rows in drafts.items() if not rows]
+    if len(empty) != 1 or len(drafts) != 2:
+        return drafts
+    other = next(split for split in drafts if split not in empty)
+    scenes = [scene_of(draft.row["video"]) for draft in drafts[other]]
+    last = scenes[-1]
+    handed = [draft for draft, scene in zip(drafts[other], scenes) if scene == last]
+    left = [draft for draft, scene in zip(drafts[other], scenes) if scene != last]
+    print(f"\nThe videos of the split {empty[0]} gave no rows, so {last} is in it", end="")
+    print("." if left else f" and in {other} too: no other scene gave rows.", end="")
+    return {split: handed if split in empty else left or handed for split in drafts}
+
+
+def scene_of(path):
+    """A video's path -> the scene's name: without what follows the last "_" of its name."""
+    path = Path(path)
+    return str(path.with_name(path.stem.rpartition("_")[0] or path.stem))

@@ -1,6 +1,7 @@
 """What the training scripts print and sum for their logs."""
 
 import itertools
+import math
 import re
 
 import torch
@@ -114,3 +115,24 @@ def in_percent(score):
     """A score with its interval as text: "44.4 (38.4 - 50.6)"."""
     accuracy, low, high = (100 * score[name] for name in ("accuracy", "low", "high"))
     return f"{accuracy:.1f} ({low:.1f} - {high:.1f})"
+
+
+def log_line(entry, terms, steps, weights):
+    """One step as a line of the log; terms: names of the parts of the loss, weights: {name: weight}."""
+    shares = []
+    for name in ("retrieval", "object"):
+        value = entry.get(name)
+        shares.append(f"{name} {math.nan if value is None else value:.2f}")
+    rate = entry["tokens"] / entry["seconds"] / 1e3
+    cells = [
+        f"step {entry['step']:5d}/{steps}",
+        f"loss {entry['loss']:.4f} = {weighted_terms(entry, terms, weights)}",
+        f"cosine {entry['cosine']:.2f}",
+        *shares,
+        f"gnorm {entry['gnorm']:.2f}",
+        f"lr {entry['lr']:.1e}",
+        f"latents {entry['latents']:.1f}",
+        f"{entry['seconds']:.2f} s",
+        f"{rate:.1f}k tok/s",
+    ]
+    return " | ".join(cells)

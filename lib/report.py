@@ -1,4 +1,4 @@
-"""What a person looks at: frames, heat maps of the imagery, picture.png, and report.html with its curves."""
+"""What a person looks at: frames, imagery read out as pixels, picture.png, report.html with its curves."""
 
 import base64
 import functools
@@ -8,13 +8,12 @@ import json
 import math
 import re
 import string
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from lib.files import evenly_spaced
 from lib.rows import LATENT_BLOCK, Row
@@ -22,12 +21,11 @@ from lib.scores import Result, as_percent, describe_summary, subtasks_in_order
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report.html"
 # fields of a training log that are drawn as curves
-CURVES = "loss ce sim cosine retrieval gnorm lr reward acc fmt holdout length kl entropy".split()
+CURVES = "loss ce sim cosine retrieval object gnorm lr reward acc fmt holdout length kl entropy".split()
 FRAME_WIDTH = 194  # pixels
-MAP_WIDTH = 128  # pixels
 FRAMES = 8  # frames drawn of a video at most, evenly spaced
-PAIRS = 4  # heat maps drawn in a line at most, evenly spaced
-COLOURS = {"black": "#260c51", "mid": "#21918c", "white": "#fde725"}  # of heat, low to high
+ACROSS = 8  # key frames in a line at most
+KINDS = ("true overlay", "readout of it", "imagined")  # of a key frame's images
 
 
 @dataclass
@@ -37,24 +35,35 @@ class Drawing:
     row: Row  # as the model saw it
     result: Result
     frames: list  # images
-    blocks: list  # a list of images for each imagined block: the true overlay, heat maps
+    blocks: list  # {one of KINDS: image} for each imagined block, of those that there are
 
 
 # ---------------------------------------------------------------- images
 
 
-def labelled_image(path, width, label, heat=None):
-    """An image scaled to a width, with a label; in grey under its heat map (h, w) in 0..1 if there is one."""
+def labelled_image(path, width, label):
+    """An image scaled to a width, with a label."""
     with Image.open(path) as image:
         image = image.convert("RGB")
         image = ImageOps.scale(image, width / image.width, Image.Resampling.LANCZOS)
-    if heat is not None:
-        heat = Image.fromarray((255 * heat).astype(np.uint8))
-        heat = heat.resize(image.size, Image.Resampling.NEAREST)
-        grey = image.convert("L").convert("RGB")
-        image = Image.blend(grey, ImageOps.colorize(heat, **COLOURS), 0.6)
     pen = ImageDraw.Draw(image)
     pen.text((5, 2), label, "white", font_size=24, stroke_width=2, stroke_fill="black")
+    return image
+
+
+def text_image(text, width, size=18, colour="black"):
+    """Text wrapped to a width, as an image on white."""
+    font = ImageFont.load_default(size)
+    lines = []
+    for part in text.split("\n"):
+        # as many letters as fit, were all of them as wide as the mean of this text's
+        letter = font.getlength(part) / max(len(part), 1)
+        lines += textwrap.wrap(part, max(8, int(0.95 * width / max(letter, 1))))
+    height = round(1.3 * size)
+    image = Image.new("RGB", (width, height * len(lines)), "white")
+    pen = ImageDraw.Draw(image)
+    for number, line in enumerate(lines):
+        pen.text((0, number * height), line, colour, font=font)
     return image
 
 
@@ -72,67 +81,74 @@ def stack_images(images, down=True, gap=4):
     return sheet
 
 
-def heat_maps(blocks, tokens, common):
-    """Where and when a video looks like latent blocks: (m, K, D), (t, h, w, D), (K, D) -> (m, t, h, w).
-
-    Unit vectors less what the clip has in common (`common` per latent index, the mean over time per place):
-    their inner product, the largest over K. So what stays the same is dark; each of the m maps spans 0 to 1.
-    """
-    blocks = F.normalize(blocks, dim=-1) - common
-    tokens = F.normalize(tokens, dim=-1)
-    tokens = tokens - tokens.mean(dim=0)
-    maps = torch.einsum("mkd,thwd->mthwk", blocks, tokens).amax(dim=-1)
-    maps = maps - maps.amin(dim=(1, 2, 3), keepdim=True)
-    return maps / maps.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+def key_times(row):
+    """A label for each key frame of a row: its second, or where that is not known its number."""
+    if row.overlay_frames and row.image_input:
+        return [f"{row.times[frame]:g} s" for frame in row.overlay_frames if frame < len(row.times)]
+    return [str(number) for number in range(1, len(row.image_output) + 1)]
 
 
-@torch.no_grad()
-def video_tokens(model, vision, row):
-    """Visual tokens of a row's video (t, h, w, D), and the mean of its frame pairs as latents (K, D)."""
-    video = tuple(row.image_input)
-    vision.encode_missing([video], row.source)
-    entry = vision.store[video]
-    t, h, w = entry.grid
-    pairs = entry.features.float().chunk(t)  # (N, D) each
-    pooled = [model.pool(pair.to(model.device), (1, h, w)).cpu() for pair in pairs]
-    common = F.normalize(torch.stack(pooled), dim=-1).mean(dim=0)  # (K, D)
-    merge = model.config.vision_config.spatial_merge_size
-    return torch.stack(pairs).unflatten(1, (h // merge, -1)), common
+def draw_block(row, number, imagined, true, readout):
+    """The images of a row's block, by kind: latents imagined (K, D), true (m, K, D), Readout or None."""
+    images = {}
+    size = (FRAME_WIDTH, FRAME_WIDTH)
+    if number < len(row.image_output):
+        label = dict(enumerate(key_times(row))).get(number, "")
+        overlay = labelled_image(row.image_output[number], FRAME_WIDTH, label)
+        images[KINDS[0]] = overlay
+        size = overlay.size
+    if readout and number < len(true):
+        images[KINDS[1]] = readout.draw(true[number], size)
+    if readout:
+        images[KINDS[2]] = readout.draw(imagined, size)
+    return images
 
 
-def draw_block(row, maps, overlays):
-    """The true overlay, if any, and the heat maps (1 or 2, t, h, w) of the imagined and the true latents."""
-    pair = math.ceil(len(row.image_input) / maps.shape[1])  # frames of a pair
-    lines = []
-    for name, line in zip(("made", "true"), maps.numpy()):
-        shown = evenly_spaced(list(zip(row.image_input[::pair], row.times[::pair], line)), PAIRS)
-        images = [labelled_image(path, MAP_WIDTH, f"{name} {time:g} s", heat) for path, time, heat in shown]
-        lines.append(stack_images(images, down=False))
-    drawn = [labelled_image(path, 2 * MAP_WIDTH + 4, "true overlay") for path in overlays]
-    return [*drawn, stack_images(lines)]
-
-
-def draw_answer(model, vision, row, result, true):
+def draw_answer(row, result, true, readout=None):
     """A row as the model saw it, its result with latents (n, K, D), the true ones (m, K, D) -> Drawing."""
     blocks = []
-    if row.image_input and len(result.latents):
-        tokens, common = video_tokens(model, vision, row)
-        for number, imagined in enumerate(result.latents):
-            own = slice(number, number + 1)  # empty where more blocks are imagined than are true
-            maps = heat_maps(torch.cat([imagined[None], true[own]]), tokens, common)
-            blocks.append(draw_block(row, maps, row.image_output[own]))
+    for number, imagined in enumerate(result.latents):
+        blocks.append(draw_block(row, number, imagined, true, readout))
     shown = evenly_spaced(list(zip(row.image_input, row.times)), FRAMES)
     frames = [labelled_image(path, FRAME_WIDTH, f"{time:g} s") for path, time in shown]
     return Drawing(row, result, frames, blocks)
 
 
+def draw_blocks(blocks, width, kinds=KINDS, most=ACROSS):
+    """Key frames side by side, at most so many, a line for each kind -> images within the width.
+
+    More of them are drawn in several such groups of lines, alike in length.
+    """
+    groups = max(1, math.ceil(len(blocks) / most))
+    across = max(1, math.ceil(len(blocks) / groups))
+    images = []
+    for start in range(0, len(blocks), across):
+        group = blocks[start : start + across]
+        for kind in kinds:
+            line = [block[kind] for block in group if kind in block]
+            if line:
+                label = text_image(kind, width, 15, "dimgray")
+                images.append(stack_images([label, fit_line(line, across, width)], gap=1))
+    return images
+
+
+def fit_line(images, across, width, gap=4):
+    """Images side by side, made smaller where `across` of them would be wider than the width."""
+    each = min(FRAME_WIDTH, (width - gap * (across - 1)) // across)
+    images = [ImageOps.scale(image, each / image.width, Image.Resampling.BICUBIC) for image in images]
+    return stack_images(images, down=False, gap=gap)
+
+
 def draw_picture(drawings):
-    """Drawings side by side: two lines of frames, then a line for each imagined block."""
+    """Drawings side by side: two lines of frames, question and answer, the key frames of each kind."""
+    width = 4 * FRAME_WIDTH + 3 * 4
     columns = []
     for drawing in drawings:
-        lines = [drawing.frames[:4], drawing.frames[4:], *drawing.blocks]
-        lines = [stack_images(images, down=False) for images in lines if images]
-        columns.append(stack_images(lines, gap=12))
+        frames = [drawing.frames[:4], drawing.frames[4:]]
+        lines = [stack_images(images, down=False) for images in frames if images]
+        question = drawing.row.text_input.split("\n")[0]
+        lines.append(text_image(f"{question}\n{verdict(drawing.row, drawing.result)}", width))
+        columns.append(stack_images([*lines, *draw_blocks(drawing.blocks, width)], gap=10))
     return stack_images(columns, down=False, gap=40)
 
 
@@ -197,9 +213,12 @@ def answer_html(text, blocks):
     for number, block in enumerate(LATENT_BLOCK.finditer(text)):
         before = text[end : block.start()]
         pieces.append(html.escape(before.strip() if end else before.rstrip()))
-        if number < len(blocks):
-            images = "".join(embed_image("imagery", image) for image in blocks[number])
-            pieces.append(fill_part("imagery", {"images": images}))
+        if number < len(blocks) and blocks[number]:
+            images = [
+                fill_part("key_image", {"image": embed_image(kind, image)}, kind=kind)
+                for kind, image in blocks[number].items()
+            ]
+            pieces.append(fill_part("imagery", {"images": "".join(images)}))
         else:
             pieces.append(" [imagery] ")
         end = block.end()
@@ -209,7 +228,7 @@ def answer_html(text, blocks):
 
 
 def sample_card(drawing):
-    """One question, its frames, and the answer's text with heat maps where the latent blocks are."""
+    """One question, its frames, and the answer's text with images where the latent blocks are."""
     row = drawing.row
     result = drawing.result
     mark = "asked"
@@ -238,6 +257,7 @@ def make_page(summary, drawings, entries):
     scores = summary.get("scores", {})
     subtasks = subtasks_in_order([drawing.result for drawing in drawings])
     facts = describe_summary(summary) if scores else []
+    facts = [*summary.get("notes", []), *facts]
     parts = {
         "facts": [fill_part("fact", text=line) for line in facts],
         "bars": [fill_part("bar", name=name, **as_percent(score)) for name, score in scores.items()],

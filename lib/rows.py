@@ -38,7 +38,10 @@ class Row:
     video: str = ""  # video file of a row that has no frames yet
     source: str = ""  # "file:line", for error sentences
     supervise: str = "all"  # all | letters: which of the answer's tokens the text loss sees
+    confidence: dict = field(default_factory=dict)  # {score: 0 to 1}, of an object in real footage
     skip_reason: str = ""  # why a benchmark's question cannot be asked
+    overlay_frames: list = field(default_factory=list)  # of each overlay the index of its frame, if known
+    overlay_things: list = field(default_factory=list)  # of each overlay what it highlights, if known
     release_fields: dict = field(default_factory=dict)  # what the release writes beside an answer (DSR)
 
 
@@ -66,6 +69,20 @@ def read_rows(path, limit=None, with_answers=False):
         rows.append(row)
     require(rows, f"{path} holds no rows; make it again with generate_data.py.")
     return rows
+
+
+def read_twin(data):
+    """The training rows beside held-out ones, if there are: out/toy, test_imagery.jsonl, name_test.jsonl."""
+    data = Path(data)
+    if data.is_dir():
+        twin = data / "train_imagery.jsonl"
+    elif data.name.startswith("test_"):
+        twin = data.with_name(data.name.replace("test_", "train_", 1))
+    elif data.stem.endswith("_test"):
+        twin = data.with_name(data.name.replace("_test.jsonl", ".jsonl"))
+    else:
+        return []
+    return read_rows(twin) if twin.is_file() else []
 
 
 def to_row(raw, source, folder):
@@ -98,6 +115,9 @@ def to_row(raw, source, folder):
     shown = quote(supervise)
     require(known, f"{source}: 'supervise' is '{shown}'; it must be \"all\" or \"letters\".")
 
+    confidence = raw.get("confidence", {})
+    is_known = isinstance(confidence, dict)
+    require(is_known, f"{source}: 'confidence' must be an object, got {quote(confidence)}; correct the row.")
     video = ""
     if not frames and raw.get("video_path"):
         video = str(folder / expand_home(str(raw["video_path"])))
@@ -122,6 +142,9 @@ def to_row(raw, source, folder):
         video=video,
         source=source,
         supervise=supervise,
+        overlay_frames=read_overlay_frames(raw, source, len(overlays)),
+        overlay_things=read_overlay_things(raw, source, len(overlays)),
+        confidence=confidence,
     )
 
 
@@ -157,6 +180,31 @@ def read_times(raw, source, count):
     require(rising, f"{source}: 'times' must be a list of rising seconds, got {quote(times)}.")
     require(len(times) == count, f"{source}: {len(times)} times for {count} frames.")
     return [float(t) for t in times]
+
+
+def read_overlay_frames(raw, source, count):
+    """Of each overlay the index of its frame in image_input; [] for a row that does not say."""
+    frames = raw.get("overlay_frames")
+    if frames is None:
+        return []
+    # the frames of a row that names a video alone are not there yet
+    most = len(raw["image_input"]) or LONGEST_VIDEO
+    are_indices = isinstance(frames, list) and all(type(n) is int and 0 <= n < most for n in frames)
+    needs = "'overlay_frames' must be a list of indices of image_input"
+    require(are_indices, f"{source}: {needs}, got {quote(frames)}.")
+    require(len(frames) == count, f"{source}: {len(frames)} overlay_frames for {count} overlays.")
+    return frames
+
+
+def read_overlay_things(raw, source, count):
+    """Of each overlay the name of what it highlights; [] for a row that does not say."""
+    things = raw.get("overlay_things")
+    if things is None:
+        return []
+    are_texts = isinstance(things, list) and all(type(thing) is str for thing in things)
+    require(are_texts, f"{source}: 'overlay_things' must be a list of texts, got {quote(things)}.")
+    require(len(things) == count, f"{source}: {len(things)} overlay_things for {count} overlays.")
+    return things
 
 
 def from_4drl_schema(raw, source):

@@ -33,7 +33,7 @@ class Result:
     tokens: int
     text: str
     release_fields: dict = field(default_factory=dict)  # what the release writes beside an answer
-    imagery: list = field(default_factory=list)  # of each block: retrieval, chance, cosine per latent
+    imagery: list = field(default_factory=list)  # of each block: what lib/imagery.py compared
     latents: torch.Tensor | None = None  # (blocks, K, D), until they are compared
 
     def to_json(self):
@@ -246,7 +246,22 @@ def named_numbers(values):
 def describe_summary(summary):
     """The part of a summary that is no table, as lines of text with the names of summary.json."""
     imagery = summary["imagery"]
+    lines = [named_numbers(summary)]
+    if "readout" in summary:
+        lines.append(describe_readout(summary["readout"]))
     if not imagery["compared"]:
-        return [named_numbers(summary)]
+        return lines
+    lines.append(named_numbers(imagery))
     cosine = " ".join(f"{value:.3f}" for value in imagery["cosine"])
-    return [named_numbers(summary), named_numbers(imagery), f"centred cosine per latent {cosine}"]
+    lines.append(f"centred cosine per latent {cosine}")
+    # a summary of before object@1 has none of it
+    by_block = imagery.get("object_by_block", [])
+    if any(value is not None for value in by_block):
+        shares = " ".join("-" if value is None else f"{value:.3f}" for value in by_block)
+        lines.append(f"object@1 by key frame {shares}")
+    return lines
+
+
+def describe_readout(readout):
+    """The R² of a readout as a line: of held-out true latents, and of those that were imagined."""
+    return f"readout, R² on held-out rows: {named_numbers(readout)}"

@@ -1,20 +1,18 @@
-"""Video files to frames: the one reader, and frames kept as JPEG for rows that name only a video."""
+"""Video files to frames at their times, and frames kept as JPEG for rows that name only a video."""
 
 import os
 import re
 import shutil
 import uuid
 import zlib
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from lib.command_line import quote_path, require
+from lib.command_line import quote_path
 from lib.distributed import all_gather_list, is_rank0
 from lib.files import UNFINISHED, evenly_spaced, keep_first
+from lib.video_readers import BadVideo, advise, open_video
 
 ROUNDING = 4e-4  # seconds; Matroska and FLV round times to milliseconds: 1 / 24 to 0.042
 MOST_SAMPLES = 10**7  # of a video: a damaged time may be in a thousand years
@@ -22,89 +20,23 @@ FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of a video that is
 LONGEST_NAME = 200  # bytes of a name in the cache; file systems allow 255
 
 
-class BadVideo(ValueError):
-    """A video without frames that can be shown; the text says why."""
-
-
-def require_av():
-    """Ends the program with the install line unless PyAV is there."""
-    require(find_spec("av"), "Videos need PyAV: pip install av==18.1.0.")
-
-
-require_decord = require_av  # the name that lib/footage.py calls
+def frame_times(path):
+    """Seconds of all frames of a video (n,); errors as of decode_frames."""
+    return open_video(path).times
 
 
 def decode_frames(path, fps=1.0, most=None, indexes=None):
     """A video's frames, one after the other: (PIL image, its true time in seconds).
 
     What a player shows at 0, 1 / fps ... seconds, at most `most` frames, evenly spaced; or those numbered
-    `indexes`, which rise. Each frame is decoded when it is asked for, so that memory holds a few. A file that
-    cannot be used is an error of PyAV, a BadVideo or an IndexError.
+    `indexes`, which rise. Memory holds a few. A file that cannot be used is an error of lib/video_readers.py.
     """
-    require_av()
-    ticks, seconds = read_times(path)
+    video = open_video(path)
     if indexes is None:
-        indexes = shown_frames(seconds, fps)
+        indexes = shown_frames(video.times, fps)
         indexes = evenly_spaced(indexes, most) if most else indexes
-    times = {ticks[index]: float(seconds[index]) for index in indexes}
-    wanted = list(times)
-    shown = None
-    for frame in decode_all(path):
-        # A listed frame may be damaged: until the next one a player shows the one before.
-        if shown is not None and wanted[0] < frame.pts:
-            yield upright(shown), times[wanted[0]]
-        wanted = [tick for tick in wanted if tick >= frame.pts]
-        if not wanted:
-            return
-        shown = frame
-    if shown is not None:
-        yield upright(shown), times[wanted[0]]
-
-
-def open_stream(path):
-    """A video file -> (PyAV's container, its video stream); a picture that belongs to music is none."""
-    container = import_module("av").open(str(path))
-    stream = container.streams.best("video")
-    if stream is None or stream.disposition & stream.disposition.attached_pic:
-        container.close()
-        raise BadVideo("it holds no video")
-    stream.codec_context.thread_count = 1
-    return container, stream
-
-
-def decode_all(path):
-    """All frames of a video, in the order and with the times (`pts`, in ticks of the file) of a player."""
-    container, stream = open_stream(path)
-    with container:
-        for frame in container.decode(stream):
-            if frame.pts is not None:
-                yield frame
-
-
-def read_times(path):
-    """A video's frames in the order of a player -> their times in ticks of the file [int], in seconds (n,).
-
-    The file says them without decoding, those that it hides (its beginning was cut off) aside; a player
-    begins with the first one. In AVI they come from decoding.
-    """
-    container, stream = open_stream(path)
-    with container:
-        ticks = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        unit = float(stream.time_base)
-    if None in ticks:
-        ticks = [frame.pts for frame in decode_all(path)]
-    if not ticks:
-        raise BadVideo("it holds no frames")
-    ticks = sorted(set(ticks))
-    return ticks, (np.array(ticks) - max(0, ticks[0])) * unit
-
-
-def upright(frame):
-    """PyAV's frame -> PIL image in RGB, turned as the file says, which a phone held upright does."""
-    image = frame.to_image()
-    turns = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
-    turn = turns.get(frame.rotation % 360)
-    return image if turn is None else image.transpose(turn)
+    for index, image in video.frames(indexes):
+        yield image, float(video.times[index])
 
 
 def shown_frames(times, fps):
@@ -141,7 +73,7 @@ def frames_on_disk(video, cache, fps, most):
     if not folder.is_dir():
         reason = decode_into(folder, path, fps, most)
         if reason:
-            return [], f"{shown} cannot be decoded ({reason}); encode it as H.264"
+            return [], f"{shown} cannot be decoded ({reason}); {advise()}"
     images = sorted(folder.glob("*.jpg"), key=lambda image: float(image.stem))
     return [(str(image), float(image.stem)) for image in images], ""
 
@@ -166,7 +98,7 @@ def decode_into(folder, path, fps, most):
         for frame, seconds in decode_frames(path, fps, most):
             unfinished.mkdir(parents=True, exist_ok=True)
             frame.save(unfinished / f"{seconds:09.3f}.jpg", quality=95, subsampling=0)
-    except Exception as error:  # PyAV's, of many kinds
+    except Exception as error:  # a reader's, of many kinds
         of_own_disk = isinstance(error, OSError) and not type(error).__module__.startswith("av")
         if of_own_disk:
             raise

@@ -89,6 +89,9 @@ SHAPES = {  # radius (of a box: half its width) and half the height, metres
 
 # Words for fifths of the frame, and for the square root of the area between these edges.
 X_WORDS = ["leftmost", "left", "middle", "right", "rightmost"]
+# Places of four look-alikes side by side: what questions call them, and the option. Letters bind to options
+# of these words, and not to words such as "leftmost", which in turn are grounded.
+SLOTS = {"leftmost": "Far Left", "left": "Left", "right": "Right", "rightmost": "Far Right"}
 Y_WORDS = ["top", "upper", "center", "lower", "bottom"]
 SIZE_WORDS = ["tiny", "small", "medium", "large", "huge"]
 SIZE_EDGES = [0.17, 0.21, 0.245, 0.29]
@@ -130,18 +133,20 @@ VOCABULARY = {
     "direction": list(DIRECTIONS),
     "distance": list(DISTANCES),
     "speed": list(SPEEDS),
+    "follow": list(SLOTS.values()),
     "colour": list(COLOURS),
     "shape": list(SHAPES),
 }
 
 # A question's tag in the ids of its rows (release).
-ID_TAGS = {"direction": "direct", "distance": "distance", "speed": "speed", "box": "bbox"}
+ID_TAGS = {"direction": "direct", "distance": "distance", "speed": "speed", "box": "bbox", "follow": "follow"}
 
 # Shares of the kinds of options in text-only questions, for tools/make_tiny.py.
 OPTION_SHARES = {
     "single": 0.2,
-    "pair": 0.25,
-    "direction": 0.25,
+    "pair": 0.2,
+    "direction": 0.2,
+    "follow": 0.1,
     "distance": 0.08,
     "speed": 0.08,
     "colour": 0.04,

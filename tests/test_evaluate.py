@@ -14,7 +14,7 @@ from PIL import Image
 import evaluate
 from evaluate import Settings, TrueLatents
 from helpers import ROOT, refused, run_script, two_processes
-from lib import report, scores
+from lib import imagery, report, scores
 from lib.files import read_json, read_jsonl
 from lib.rows import read_rows
 from lib.scores import Result
@@ -207,10 +207,11 @@ def test_summary_equals_a_hand_count():
     assert summary["differ"] == pytest.approx(1 / 6)
     assert summary["blocks"] == pytest.approx(11 / 6)
     assert summary["tokens"] == pytest.approx(40)
-    imagery = summary["imagery"]
-    assert (imagery["retrieval"], imagery["compared"]) == (0.5, 2)
-    assert imagery["chance"] == pytest.approx(0.375)
-    assert imagery["cosine"] == pytest.approx([0.4, 0.2])
+    found = summary["imagery"]
+    assert (found["retrieval"], found["compared"]) == (0.5, 2)
+    assert found["chance"] == pytest.approx(0.375)
+    assert found["cosine"] == pytest.approx([0.4, 0.2])
+    assert found["object"] is None and found["object_by_block"] == []  # results of an earlier version
     assert scored["camera_single"]["retrieval"] == 0.5
     assert scored["speed"]["retrieval"] is None
     json.dumps(summary, allow_nan=False)
@@ -311,10 +312,10 @@ def test_oracle_feeds_the_true_latents_and_finds_them(world, faked):
     rows, model, _ = world
     for index, fed in latents_of(world, "oracle").items():
         assert torch.equal(fed, TrueLatents(model, rows)([index])[0])
-    imagery = evaluate.evaluate(model, rows, settings=Settings(latents="oracle"))["imagery"]
-    assert imagery["retrieval"] == 1.0
-    assert imagery["cosine"] == pytest.approx([1.0] * 4, abs=1e-4)
-    assert imagery["chance"] == pytest.approx(1 / 6)  # its own and those of the five other clips
+    found = evaluate.evaluate(model, rows, settings=Settings(latents="oracle"))["imagery"]
+    assert found["retrieval"] == 1.0
+    assert found["cosine"] == pytest.approx([1.0] * 4, abs=1e-4)
+    assert found["chance"] == pytest.approx(1 / 6)  # its own and those of the five other clips
 
 
 # ---------------------------------------------------------------- retrieval
@@ -325,15 +326,15 @@ def vectors(seed, n=64):
 
 
 def test_identical_latents_are_all_found_whatever_their_length():
-    hit, cosine = evaluate.retrieval(3 * vectors(0), vectors(0))
+    hit, cosine = imagery.retrieval(3 * vectors(0), vectors(0))
     assert hit.all() and torch.allclose(cosine, torch.ones(64, 4), atol=1e-5)
 
 
 def test_unrelated_latents_are_found_by_chance_and_a_shared_direction_does_not_help():
-    found = [evaluate.retrieval(vectors(seed), vectors(seed + 100))[0] for seed in range(20)]
+    found = [imagery.retrieval(vectors(seed), vectors(seed + 100))[0] for seed in range(20)]
     assert torch.cat(found).float().mean() == pytest.approx(1 / 64, abs=0.012)
     shared = 20 * vectors(7, 1)
-    found = [evaluate.retrieval(vectors(seed) + shared, vectors(seed + 100) + shared) for seed in range(20)]
+    found = [imagery.retrieval(vectors(seed) + shared, vectors(seed + 100) + shared) for seed in range(20)]
     assert torch.cat([hit for hit, _ in found]).float().mean() == pytest.approx(1 / 64, abs=0.012)
     assert torch.cat([cosine for _, cosine in found]).mean().abs() < 0.05
     plain = torch.cosine_similarity(vectors(0) + shared, vectors(100) + shared, dim=-1)
@@ -341,18 +342,18 @@ def test_unrelated_latents_are_found_by_chance_and_a_shared_direction_does_not_h
 
 
 def test_a_tie_is_a_miss_and_a_constant_finds_one_at_most():
-    assert evaluate.retrieval(torch.zeros(64, 4, 16), vectors(0))[0].sum() <= 1
-    assert not evaluate.retrieval(vectors(1, 2), vectors(0, 1).repeat(2, 1, 1))[0].any()
+    assert imagery.retrieval(torch.zeros(64, 4, 16), vectors(0))[0].sum() <= 1
+    assert not imagery.retrieval(vectors(1, 2), vectors(0, 1).repeat(2, 1, 1))[0].any()
 
 
 def test_gallery_holds_one_question_a_clip_of_the_same_kind(world):
     rows = world[0]
-    gallery = evaluate.gallery_of(rows + rows, 3, block=1)
+    gallery = imagery.gallery_of(rows + rows, 3, block=1)
     assert gallery[0] == 3 and len(gallery) == 6
     assert len({rows[i % 12].clip for i in gallery}) == 6
     assert {rows[i % 12].subtask for i in gallery} == {rows[3].subtask}
-    assert evaluate.gallery_of(rows, 3, block=2) == [3]  # no other row has a third block
-    assert len(evaluate.gallery_of(rows, 3, block=0, size=4)) == 4
+    assert imagery.gallery_of(rows, 3, block=2) == [3]  # no other row has a third block
+    assert len(imagery.gallery_of(rows, 3, block=0, size=4)) == 4
 
 
 # ---------------------------------------------------------------- files: resume, refusal, the same digits
@@ -472,14 +473,17 @@ def test_picture_and_report(world, faked, tmp_path):
     log = "".join(json.dumps(entry) + "\n" for entry in log) + '{"step": 9, "ce'
     (tmp_path / "log.jsonl").write_text(log)
     evaluate.evaluate(model, rows, tmp_path)
-    evaluate.draw(model, rows, tmp_path, tmp_path / "log.jsonl", samples=4)
+    train_rows = [dataclasses.replace(row, image_output=row.image_input) for row in rows]
+    evaluate.draw(model, rows, tmp_path, tmp_path / "log.jsonl", samples=4, train_rows=train_rows)
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"https?:|//|<script|<link|@import|url\(", re.sub(r"base64,[^\"]*", "", page))
     assert "Pan &lt;b&gt;Left&lt;/b&gt;" in page and "<b>Left" not in page
     assert "clip 0 &amp; how" in page or "&amp; how" in page
     assert "I &lt;look&gt;" in page and "<look>" not in page
     assert page.count("<article") == 4
-    assert page.count("<img") == 4 * (4 + 2 * 2)  # four frames and two blocks each, of overlay and heat maps
+    assert page.count("<img") == 4 * (4 + 2 * 3)  # four frames and two blocks each
+    for kind in report.KINDS:
+        assert page.count(f'alt="{kind}"') == 4 * 2
     assert "latent_start" not in page and "$" not in page
     assert page.count("<polyline") == 2  # ce and cosine; retrieval has no finite value
     with Image.open(tmp_path / "picture.png") as image:
@@ -507,12 +511,81 @@ def test_the_page_shows_controls_of_these_weights_alone(world, faked, tmp_path):
     assert "eval_video-none" in page and "eval_video-other" not in page
 
 
-def test_heat_is_highest_where_the_latent_comes_from():
-    tokens = torch.randn(2, 3, 3, 16, generator=torch.Generator().manual_seed(0))
-    latents = tokens[1, 2, 0].expand(1, 4, 16)
-    maps = report.heat_maps(latents, tokens, torch.zeros(4, 16))
-    assert maps.shape == (1, 2, 3, 3) and maps.argmax() == 9 + 6
-    assert maps.min() == 0 and maps.max() == 1
+def test_without_training_rows_the_readout_is_fitted_on_half_of_the_clips(world, faked, tmp_path):
+    rows, model, _ = world
+    evaluate.evaluate(model, rows, tmp_path)
+    evaluate.draw(model, rows, tmp_path, samples=100)
+    page = (tmp_path / "report.html").read_text()
+    drawn = {clip for clip in range(6) if f"in clip {clip} " in page}
+    assert drawn == {0, 2, 4}
+    found = read_json(tmp_path / "summary.json")["readout"]
+    assert found["rows"] == 6 and found["true_r2"] < 1
+    assert "R² on held-out rows: true_r2" in page
+
+
+def test_without_a_readout_the_page_shows_true_overlays_alone(world, faked, tmp_path):
+    rows, model, _ = world
+    evaluate.evaluate(model, rows, tmp_path)
+    evaluate.draw(model, rows, tmp_path, samples=4, overlays=0)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('alt="true overlay"') == 8 and 'alt="imagined"' not in page
+    assert "readout" not in read_json(tmp_path / "summary.json")
+
+
+def test_many_key_frames_are_drawn_in_groups_of_lines():
+    image = Image.new("RGB", (report.FRAME_WIDTH, 100))
+    blocks = [{kind: image for kind in report.KINDS} for _ in range(14)]
+    lines = report.draw_blocks(blocks, 788)
+    assert len(lines) == 6 and {line.width for line in lines} == {788}  # seven in each
+    lines = report.draw_blocks([*blocks[:2], {"imagined": image}], 788)
+    assert len(lines) == 3  # a block that is imagined beyond the true ones
+    assert report.draw_blocks([], 788) == []
+
+
+def things_of(rows):
+    """The rows with what their overlays show: two questions a clip are about two things."""
+    return [dataclasses.replace(row, overlay_frames=[0, 3], overlay_things=[row.subtask] * 2) for row in rows]
+
+
+def test_true_latents_are_found_among_things_and_moments(world, faked, tmp_path):
+    rows, model, _ = world
+    summary = evaluate.evaluate(model, things_of(rows), tmp_path, Settings(latents="oracle"), limit=4)
+    found = summary["imagery"]
+    assert (found["object"], found["moment"], found["object_by_block"]) == (1.0, 1.0, [1.0, 1.0])
+    assert (found["object_chance"], found["moment_chance"]) == (0.5, 0.5)  # also of rows beyond the limit
+    block = read_jsonl(tmp_path / "results.jsonl")[0]["imagery"][1]
+    assert (block["block"], block["object"], block["moment"]) == (1, True, True)
+
+
+def test_results_of_before_object_at_1_are_read(world, faked, tmp_path, capsys):
+    rows, model, _ = world
+    rows = things_of(rows)
+    whole = evaluate.evaluate(model, rows, tmp_path, limit=4)
+    assert whole["imagery"]["object"] is not None
+    lines = read_jsonl(tmp_path / "results.jsonl")
+    for line in lines:
+        line["imagery"] = [{n: b[n] for n in ("retrieval", "chance", "cosine")} for b in line["imagery"]]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = evaluate.evaluate(model, rows, tmp_path, limit=4)
+    assert summary["imagery"]["object"] is None and summary["imagery"]["moment"] is None
+    assert summary["imagery"]["retrieval"] == whole["imagery"]["retrieval"]
+    evaluate.print_table(summary)
+    evaluate.draw(model, rows, tmp_path, train_rows=rows)  # its own rows: half of the clips are held out
+    assert capsys.readouterr().out.count("true_r2") == 1
+
+
+def test_the_sheet_of_what_is_imagined(world, tmp_path, monkeypatch, capsys):
+    folder = world[2]
+    lines = [json.loads(line) for line in (folder / "data" / "test_imagery.jsonl").read_text().splitlines()]
+    data = folder / "data" / "some_test.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines[:6]))
+    words = [f"MODEL={folder}/model", f"DATA={data}", f"OUT={tmp_path}/sheet.png", "N=2", "MAX_NEW=8"]
+    run_script(monkeypatch, "tools/imagined.py", *words, "SUBTASKS=camera")
+    printed = capsys.readouterr().out
+    assert "object@1 hits at all key frames in 0 of 0" in printed and "2 questions are in" in printed
+    refused(lambda: run_script(monkeypatch, "tools/imagined.py", *words, "SUBTASKS=x"), "SUBTASKS=x")
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.width == 1280
 
 
 # ---------------------------------------------------------------- the real thing, small

@@ -145,6 +145,20 @@ def measure_gradients(model, rows):
     return gradients_of(model)
 
 
+def measure_ablations(model, rows):
+    """Rows with a bottleneck, that read their own imagery, with both, and with neither, and gradients."""
+    kinds = [(True, False), (False, True), (True, True), (False, False)]
+    samples = []
+    for row, (blind, self_fed) in zip(rows, kinds):
+        samples.append(encode_row(model, row, blind=blind, self_fed=self_fed))
+    batch = VisionCache(model).prepare(collate(samples, model.token_id["pad"]))
+    logp, imagined, targets = model(batch)
+    loss, _ = dift_loss(logp, imagined, targets, len(logp), len(imagined), 1.0, 0.3)
+    loss.backward()
+    results = {"log-probabilities": logp.detach(), "imagined": imagined.detach(), **gradients_of(model)}
+    return results
+
+
 def answers_batch(model, rows, count):
     """`count` made-up answers to each prompt, with a latent block in most -> Batch, latents (n, D)."""
     prompts = [encode_row(model, row, answer=False) for row in rows]
@@ -257,6 +271,7 @@ MEASURES = [
     measure_log_probs,
     measure_losses,
     measure_gradients,
+    measure_ablations,
     measure_shared_prompts,
     measure_cache,
     measure_answers,

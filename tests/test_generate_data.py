@@ -331,10 +331,14 @@ def test_labels_and_letters_are_balanced(clips):
 
 
 def test_phrases_vary_and_name_the_label_last():
-    """At least 6 phrasings of each step; an ending ends with the label in its exact words."""
+    """At least 6 phrasings of each step; an ending ends with the label in its exact words.
+
+    Look-alikes have up to 13 steps, which are short, and always the same.
+    """
     for kind, phrases in vocabulary.read_phrases().items():
         for step in ("open", "link", "end"):
-            assert step not in phrases or len(set(phrases[step])) >= 6, (kind, step)
+            few = step not in phrases or kind == "follow"
+            assert few or len(set(phrases[step])) >= 6, (kind, step)
         assert all(phrase.endswith("{label}.") for phrase in phrases.get("end", []))
 
 
@@ -410,7 +414,7 @@ def test_rows_of_the_three_forms_ask_the_same(folder):
     assert len(forms[0]) > 14
     for imagery, noimage, verbal in zip(*forms):
         for field in imagery:
-            if field not in ("text_output", "image_output"):
+            if field not in ("text_output", "image_output", "overlay_frames", "overlay_things"):
                 assert imagery[field] == noimage[field] == verbal[field]
         assert noimage["text_output"] == imagery["text_output"].replace(" <output_image>", "")
         assert noimage["image_output"] == verbal["image_output"] == []
@@ -524,8 +528,8 @@ def test_finished_and_foreign_folders_are_named(folder, monkeypatch, tmp_path, c
         "another SEED": (folder, *FEW, "SEED=1"),
         "something else": (tmp_path, *FEW),
         "SOURCE=words is not one of": (tmp_path / "a", "SOURCE=words"),
-        "holds no mp4": (tmp_path / "a", "SOURCE=videos", f"VIDEOS={tmp_path / 'empty'}"),
-        "holds no mp4 ": (tmp_path / "a", "SOURCE=videos"),
+        "holds no video": (tmp_path / "a", "SOURCE=videos", f"VIDEOS={tmp_path / 'empty'}"),
+        "holds no video ": (tmp_path / "a", "SOURCE=videos"),
         "TRAIN_CLIPS": (tmp_path / "a", "TRAIN_CLIP=3"),
     }
     for sentence, words in wrong.items():

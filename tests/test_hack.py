@@ -72,9 +72,7 @@ def test_a_loss_term_is_an_edit_of_dift_loss(world, copy):
     printed = run(copy, world, "dift.py", "MODEL=base", "DATA=data", "OUT=loss", *STEPS)
     assert "+ size " in printed
     for entry in log(world, "loss"):
-        assert entry["loss"] == pytest.approx(
-            entry["ce"] + 0.3 * entry["sim"] + 0.5 * entry["size"], rel=1e-5
-        )
+        assert entry["loss"] == pytest.approx(entry["ce"] + 3 * entry["sim"] + 0.5 * entry["size"], rel=1e-5)
 
 
 def test_a_reward_term_is_an_edit_of_reward_and_its_weight(world, copy):
@@ -117,7 +115,7 @@ def test_a_data_set_is_a_jsonl(world, copy):
         )
     (world / "mine" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(copy, world, "dift.py", "MODEL=base", "DATA=mine/rows.jsonl", "OUT=mine_run", *STEPS)
-    assert log(world, "mine_run")[-1]["latents"] == 4.0
+    assert log(world, "mine_run")[-1]["latents"] == 8.0  # one overlay a row
 
 
 def test_a_benchmark_is_one_function_and_its_entry(world, copy):

@@ -133,11 +133,15 @@ def test_grounding_rows_name_no_motion(folder):
 
 
 def test_option_rows_are_answered():
-    """Every third text-only question names an option, which answers it; the others are drills."""
-    for number in range(0, 90, 3):
-        three = range(number, number + 3)
-        rows = [make_tiny.option_row("pretrain", one, C.SEED, DATA.SIZE).row for one in three]
-        assert [row["subtask"] for row in rows] == ["near", "far", "options"]
+    """By turns: two drills, a question that names an option, and one whose reasoning names its label."""
+    for number in range(0, 120, 4):
+        four = range(number, number + 4)
+        rows = [make_tiny.option_row("pretrain", one, C.SEED, DATA.SIZE).row for one in four]
+        assert [row["subtask"] for row in rows] == ["near", "far", "options", "bind"]
+        bound = re.search(r"<answer>([A-D])\. (.*)</answer>", rows[3]["text_output"])
+        assert f"{bound[1]}. {bound[2]}" in rows[3]["text_input"].split("\n")
+        assert rows[3]["text_output"].count(f"{bound[2]}.</think>") == 1
+        assert rows[3]["supervise"] == "letters"
         assert all(row["image_input"] == [] for row in rows)
         asked = re.search(r'says "(.*)"\.', rows[2]["text_input"])[1]
         answer = re.search("<answer>(.*)</answer>", rows[2]["text_output"])[1]
@@ -322,6 +326,37 @@ def test_flow_is_learned_beside_the_covers(folder, tmp_path, capsys):
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     changed -= {"model.embed_tokens.weight"}  # that one has got rows for the latent tokens
     assert changed and all("visual" in name for name in changed)
+
+
+def test_place_is_shrunk_as_its_formula_says(folder, tmp_path, capsys):
+    """z' = g (I - (1 - s) P) (z - m): what is in the subspace P falls to s of it, beside what is not."""
+    c = override_constants(vars(make_tiny), ["EYES=(4, 3, 1e-3)", "PLACE=(0.25, 3.0)", *LEARN])
+    clips = make_tiny.all_sights(c, make_tiny.data_constants(c), PATCHING)
+    make_tiny.shrink_place(folder / "random", tmp_path / "place", c, clips)
+    videos = [clip[0] for clip in clips]
+    with torch.no_grad():
+        z, after = (
+            make_tiny.features_of(make_tiny.load_model(path, K=0, pooling="grid"), videos)
+            for path in (folder / "random", tmp_path / "place")
+        )
+    mean, directions, share = make_tiny.place_directions(z, 16)
+    inside = (z - mean) @ directions.T @ directions
+    expected = 3.0 * (z - mean - 0.75 * inside)
+    assert torch.allclose(after, expected, atol=1e-4 * expected.abs().max().item())
+    # what differs between cells, against all that is not in P: s² of what it was
+    shares = []
+    for x in (z, after):
+        x = x - x.mean(dim=0)
+        cells = x.view(-1, 16, x.shape[1]).mean(dim=0) @ directions.T
+        shares.append(cells.square().sum() / (x - x @ directions.T @ directions).square().sum())
+    assert (shares[1] / shares[0]).item() == pytest.approx(0.25**2, rel=1e-3)
+    left = make_tiny.place_directions(after, 16)[2]
+    assert left < share and f"{share:.3f}, now {left:.3f}" in capsys.readouterr().out
+    # vision alone is changed, in its last layer
+    before, new = (load_file(path / "model.safetensors") for path in (folder / "random", tmp_path / "place"))
+    changed = {name for name in new if not torch.equal(before[name], new[name])}
+    changed -= {"model.embed_tokens.weight"}  # that one has got rows for the latent tokens
+    assert {name.split("visual.")[1] for name in changed} == {"merger.mlp.2.weight", "merger.mlp.2.bias"}
 
 
 # ---------------------------------------------------------------- stages

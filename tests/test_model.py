@@ -218,6 +218,8 @@ def test_collate_pads_either_side():
             is_latent=torch.arange(n) == 1,
             is_visual=torch.ones(n, dtype=torch.bool),
             is_real=torch.ones(n, dtype=torch.bool),
+            is_blind=torch.zeros(n, dtype=torch.bool),
+            is_self_fed=torch.zeros(n, dtype=torch.bool),
             video=(f"v{n}",),
             overlays=(f"o{n}", "o"),
             source=f"rows:{n}",

@@ -25,7 +25,6 @@ from lib.command_line import override_constants
 from lib.footage import Shot, list_videos, split_into_windows
 from lib.geometry import (
     cameras_from_poses,
-    centroid_and_area,
     depth_inside,
     object_labels,
     path_labels,
@@ -35,7 +34,6 @@ from lib.ray_tracer import camera_rays, hit_thing
 from lib.rows import read_rows
 from lib.segmenters import dyn as segment_dyn
 from lib.segmenters import files as segment_files
-from lib.segmenters import motion as segment_motion
 from lib.vocabulary import MOVES
 
 FLIP = np.array([1, -1, 1])  # our axes are right, up, forward; OpenCV's are right, down, forward
@@ -602,14 +600,15 @@ def test_bad_clips_are_counted_and_named(clips, monkeypatch, tmp_path, capsys):
 
 def test_a_folder_of_videos_has_object_questions_alone(clips, monkeypatch, tmp_path):
     """SOURCE="videos": frames at SAMPLE_FPS with their times; masks beside the mp4, no poses needed."""
-    for number, clip in enumerate([clip for clip in clips if clip.moving and not clip.camera][:4]):
+    for number, clip in enumerate([clip for clip in clips if clip.moving and not clip.camera][:8]):
         folder = write_clip(tmp_path / "made", f"{number}", clip, notes_of(clip))
-        write_video(tmp_path / f"in/clip {'abcd'[number]}.mp4", np.repeat(clip.frames, 5, 0), 10)
-        shutil.copytree(folder / "masks_dynamic", tmp_path / f"in/clip {'abcd'[number]}/masks_dynamic")
+        write_video(tmp_path / f"in/clip {'abcdefgh'[number]}.mp4", np.repeat(clip.frames, 5, 0), 10)
+        shutil.copytree(folder / "masks_dynamic", tmp_path / f"in/clip {'abcdefgh'[number]}/masks_dynamic")
     words = (f"VIDEOS={tmp_path / 'in'}", f"OUT={tmp_path / 'out'}", "SAMPLE_FPS=2", "WORKERS=1")
     run_script(monkeypatch, "generate_data.py", "SOURCE=videos", "SEGMENTER=files", *words)
     rows = rows_of(tmp_path / "out/train_imagery.jsonl")
-    assert {row["subtask"] for row in rows} <= {"object_box", "object_distance"} and rows
+    assert {row["subtask"] for row in rows} <= {"object_box", "object_direction", "object_distance"} and rows
+    assert all(min(row["confidence"].values()) >= TOY.MIN_CONFIDENCE for row in rows)
     assert all(np.allclose(row["times"], np.arange(8) / 2, atol=0.01) for row in rows)
     assert all("moving object" in row["text_input"] for row in rows)
 
@@ -626,6 +625,7 @@ def test_long_videos_become_windows(clips, monkeypatch, tmp_path):
         "SAMPLE_FPS=2",
         "WINDOW=4",
         "WORKERS=1",
+        "MIN_CONFIDENCE=0",
     )
     run_script(monkeypatch, "generate_data.py", "SOURCE=videos", "SEGMENTER=files", *words)
     rows = rows_of(tmp_path / "out/train_imagery.jsonl") + rows_of(tmp_path / "out/test_imagery.jsonl")
@@ -730,60 +730,30 @@ def test_dynamic_masks_make_object_questions(clips, monkeypatch, tmp_path, capsy
 
 
 def moving_square(step_x, step_y, shift, count=16, seed=0):
-    """A bright square on a textured ground: it moves by step, the whole picture by shift a frame."""
+    """A textured square on a textured ground: it moves by step, the whole picture by shift a frame."""
     rng = np.random.default_rng(seed)
     ground = np.kron(rng.integers(40, 120, (40, 60)), np.ones((6, 6))).astype(np.uint8)
+    thing = np.kron(rng.integers(170, 255, (6, 6)), np.ones((4, 4))).astype(np.uint8)
     frames = []
     for t in range(count):
         picture = np.roll(ground, t * shift, 1)[:120, :160].copy()
-        x, y = 30 + t * (step_x + shift), 10 + t * step_y
-        picture[y : y + 22, x : x + 22] = 250
-        frames.append(np.repeat(picture[:, :, None], 3, 2))
+        x, y = 20 + t * (step_x + shift), 10 + t * step_y
+        picture[y : y + 24, x : x + 24] = thing
+        frames.append(np.stack([picture, picture // 2, 255 - picture], 2))
     return np.stack(frames)
-
-
-def test_motion_masks_follow_the_square_and_the_background():
-    """The largest region is the square, the shift is that of the background."""
-    frames = moving_square(8, 0, 2, count=8)
-    masks, shifts = segment_motion.masks(frames, "", [], ""), segment_motion.global_shifts(frames.mean(-1))
-    assert shifts[:, 1].tolist() == [2 * t for t in range(8)] and not shifts[:, 0].any()
-    for t in (0, 7):
-        x, y, area = centroid_and_area(masks[[t]], TOY.HIDDEN_AREA)
-        assert abs(x * 160 - (41 + 10 * t)) < 4 and abs(y * 120 - 21) < 4 and 0.02 < area < 0.06
-
-
-def test_largest_regions_are_connected():
-    """A worked example: the region of 3 pixels is kept, a diagonal neighbour is another region."""
-    mask = np.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]], bool)[None]
-    assert segment_motion.largest_regions(mask)[0].astype(int).tolist() == [
-        [1, 1, 0, 0],
-        [0, 1, 0, 0],
-        [0, 0, 0, 0],
-    ]
-    assert not segment_motion.largest_regions(mask & False).any()
-
-
-def test_a_region_that_jumps_in_size_is_no_object(tmp_path):
-    """The square for three frames, half the picture in the fourth: no mask at all, not three of four."""
-    c = constants(SEGMENTER="motion")
-    shot = shot_of(moving_square(8, 0, 0, count=8), {}, tmp_path)
-    clip, reasons = gd.real_clip(c, shot)
-    assert not reasons and clip.masks["moving object"].any((1, 2)).all()
-    shot.frames[3, :, 80:] = 255
-    clip, reasons = gd.real_clip(c, shot)
-    assert reasons and not clip.moving
 
 
 def test_windows_stay_inside_a_shot():
     """Cuts at 3 and at 13 of 19 frames: three frames are no clip, windows of eight start at a cut."""
     frames = np.zeros((19, 4, 4, 3), np.uint8)
     frames[3:13] = 200
-    assert [part.tolist() for part in split_into_windows(frames, 8, TOY.MAX_JUMP)] == [
+    places = np.arange(19)
+    assert [part.tolist() for part in split_into_windows(frames, places, 8, TOY.CUT_CHANGE)] == [
         list(range(3, 11)),
         list(range(7, 13)),
         list(range(13, 19)),
     ]
-    assert split_into_windows(frames[:3], 8, TOY.MAX_JUMP) == []
+    assert split_into_windows(frames[:3], places[:3], 8, TOY.CUT_CHANGE) == []
 
 
 def test_motion_finds_objects_in_plain_videos(monkeypatch, tmp_path, capsys):
@@ -816,17 +786,13 @@ def test_motion_finds_objects_in_plain_videos(monkeypatch, tmp_path, capsys):
     assert done.value.code == 0
 
 
-def test_motion_takes_the_camera_out_by_poses_where_there_are_any(monkeypatch, tmp_path):
-    """SEGMENTER="motion" with poses: object questions alone, since it finds no landmarks."""
-    called = []
-    monkeypatch.setattr(
-        segment_motion, "global_shifts", lambda grey: called.append(1) or np.zeros((len(grey), 2), int)
-    )
+def test_motion_takes_the_camera_out_by_poses_where_there_are_any(tmp_path):
+    """SEGMENTER="motion" with poses: object questions alone, since it finds no landmarks; no confidence."""
     poses = np.tile([0, 0, 0, 0, 0, 0, 1.0], (8, 1))
     notes = {"poses": poses, "instructions": {"0->7": ["Pan Left"]}}
     shot = shot_of(moving_square(8, 0, 0, count=8), notes, tmp_path)
     clip, _ = gd.real_clip(constants(SEGMENTER="motion"), shot)
-    assert len(called) == 1 and clip.camera == [] and clip.static == []  # only the masks asked for it
+    assert clip.camera == [] and clip.static == [] and clip.evidence == {}
     assert clip.facts["moving object"]["direction"] == "Moving Right"
 
 

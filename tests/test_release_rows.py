@@ -46,7 +46,7 @@ def test_rows_of_the_release_train_both_stages(tiny, folder, monkeypatch, tmp_pa
     base = load_file(tiny / "base" / "model.safetensors")
     few = ("TEST_ROWS=0", "EVAL_EVERY=0", "GLOBAL_BATCH=3", "MICRO_BATCH=3", "LOG_EVERY=1")
     data = f"DATA={folder / 'dift_data.jsonl'}"
-    entry, dift = run(monkeypatch, "dift.py", tmp_path / "dift", f"MODEL={tiny / 'base'}", data, *few)
+    entry, dift = run(monkeypatch, "dift.py", tmp_path / "dift", f"MODEL={tiny / 'base'}", data, "K=4", *few)
     assert np.isfinite(entry["loss"]) and entry["latents"] == 8  # two overlays of K = 4
     assert any((dift[name] != base[name]).any() for name in dift if name in base)
     few = ("HOLDOUT=", "SINGLES=", "GLOBAL_BATCH=3", "G=2", "MAX_NEW=12", "SAMPLE_EVERY=0")

@@ -7,7 +7,7 @@ import pytest
 from helpers import draw_image, refused
 from PIL import Image
 
-from lib.rows import LATENT_BLOCK, Row, read_rows
+from lib.rows import LATENT_BLOCK, Row, read_rows, read_twin
 
 
 def raw_row(**changes):
@@ -58,6 +58,12 @@ def test_a_dift_row(tmp_path):
 
 def test_a_row_may_ask_for_its_letters_alone(tmp_path):
     assert read(tmp_path, raw_row(supervise="letters"))[0].supervise == "letters"
+
+
+def test_a_row_may_say_what_its_overlays_show(tmp_path):
+    first, second = read(tmp_path, raw_row(), raw_row(overlay_frames=[1], overlay_things=["red ball"]))
+    assert (first.overlay_frames, first.overlay_things) == ([], [])
+    assert (second.overlay_frames, second.overlay_things) == ([1], ["red ball"])
 
 
 def test_a_row_of_the_release_has_one_frame_a_second(tmp_path):
@@ -138,6 +144,13 @@ def test_a_path_counts_from_the_working_folder_first(tmp_path, monkeypatch):
         (raw_row(times=[0, "late"]), "times"),
         (raw_row(times=[1, 0]), "times"),
         (raw_row(times=3), "times"),
+        (raw_row(overlay_frames=[2]), "'overlay_frames' must be a list of indices of image_input, got [2]"),
+        (raw_row(overlay_frames=[True]), "overlay_frames"),
+        (raw_row(overlay_frames=0), "overlay_frames"),
+        (raw_row(overlay_frames=[0, 1]), "2 overlay_frames for 1 overlays"),
+        (raw_row(overlay_things="ball"), "'overlay_things' must be a list of texts, got ball"),
+        (raw_row(overlay_things=[3]), "overlay_things"),
+        (raw_row(overlay_things=[]), "0 overlay_things for 1 overlays"),
         ({"Question": "?", "A": "x", "Correct": "B", "frame_paths": ["c/o/0.jpg"]}, "'Correct' is 'B'"),
         ({"Question": "?", "A": "x", "frame_paths": ["c/o/0.jpg"]}, "'Correct' is None"),
         ({"Question": "?", "A": "x", "Correct": "A", "video_path": ""}, "frame_paths"),
@@ -187,3 +200,15 @@ def test_a_latent_block_is_found_whole_empty_or_cut_off():
 
 def test_what_is_supervised_is_all_or_letters(tmp_path):
     refused(lambda: read(tmp_path, raw_row(supervise="lettres")), "rows.jsonl:1", "'supervise'", "'lettres'")
+
+
+@pytest.mark.parametrize("train", ["train_imagery.jsonl", "real.jsonl"])
+def test_training_rows_beside_held_out_ones(tmp_path, train):
+    read(tmp_path, raw_row())
+    held_out = tmp_path / ("real_test.jsonl" if train == "real.jsonl" else "test_imagery.jsonl")
+    assert read_twin(str(held_out)) == [] and read_twin(str(tmp_path)) == []
+    (tmp_path / "rows.jsonl").rename(tmp_path / train)
+    assert [row.id for row in read_twin(str(held_out))] == ["a"]
+    if train == "train_imagery.jsonl":
+        assert len(read_twin(str(tmp_path))) == 1
+    assert read_twin(str(tmp_path / train)) == []  # no twin of its own

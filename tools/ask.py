@@ -2,20 +2,23 @@
 
     python -m tools.ask QUESTION="How does it move?" VIDEO_FILE=x.mp4 OPTIONS="left|right"
 
-Prints the answer, and writes OUT/report.html.
+Prints the answer, and writes OUT/report.html. A toy network says that its answers are toy answers.
 """
 
-from evaluate import describe_run, draw_row, output_folder, to_settings
+from evaluate import TrueLatents, describe_run, draw_row, output_folder, to_settings
 from lib.benchmarks import question_row
 from lib.command_line import override_constants, require
 from lib.distributed import init_distributed
 from lib.files import write_text
+from lib.imagery import learn_readout
 from lib.report import make_page, verdict
+from lib.rows import read_twin
 from lib.videos import attach_frames
 from model import load_model
 
 # --- paths
 MODEL = "out/dift"  # run folder (its newest checkpoint is taken) or one checkpoint
+DATA = "out/toy"  # folder whose training overlays the readout is fitted on; none there: no imagery is drawn
 VIDEO_FILE = ""  # a video file, or a folder of frame_* images
 OUT = ""  # "": the folder ask in MODEL's, and a suffix for each control
 CACHE = "out/frames"  # folder for the frames of decoded videos; may be deleted
@@ -33,9 +36,21 @@ TEMPERATURE = 0.0  # 0 or 0.01 to 100; 0: greedy; 0.7 (release)
 TOP_P = 1.0  # > 0, <= 1; share of the probability that is sampled from; 0.9 (release)
 SECONDS_PER_PAIR = None  # > 0, <= 1e6; None: the checkpoint's own; 2.0: as the release evaluates
 SUFFIX = ""  # instruction after the question; "": the checkpoint's own; @file reads one
+# --- logging
+READOUT = 3000  # >= 0; overlays that the readout is fitted on, at most; 0: no readout
 # --- system
 FAST = True  # False: exactly the code of model.py, the same numbers
 SEED = 0  # >= 0; of sampling, VIDEO=shuffled, LATENTS=noise
+
+
+def toy_notes(model):
+    """What a reader must know of the answers of a network as small as the bundled one, of a large one []."""
+    weights = sum(parameter.numel() for parameter in model.qwen.parameters())
+    if weights >= 1e8:
+        return []
+    size = f"{weights / 1e6:.1f} million weights"
+    network = f"a toy network of {size}, which has seen a rendered world of balls and boxes"
+    return [f"A toy answer: it is by {network}; about real video it is right by chance at most."]
 
 
 def read_options(text):
@@ -59,8 +74,11 @@ if __name__ == "__main__":
     settings = to_settings({name.lower(): value for name, value in vars(c).items()})
 
     # one answer, drawn like those of a report
-    drawing = draw_row(model, [row], 0, settings)
-    summary = {"settings": describe_run(model, [row], settings)}
+    train_rows = read_twin(c.DATA) if c.READOUT else []
+    readout = learn_readout(TrueLatents(model, train_rows), train_rows, c.READOUT)
+    drawing = draw_row(model, [row], 0, settings, readout)
+    notes = toy_notes(model)
+    summary = {"settings": describe_run(model, [row], settings), "notes": notes}
     page = output_folder(c, "ask") / "report.html"
     write_text(page, make_page(summary, [drawing], []))
-    print(drawing.result.text, verdict(row, drawing.result), page, sep="\n")
+    print(drawing.result.text, verdict(row, drawing.result), *notes, page, sep="\n")

@@ -234,6 +234,7 @@ def build_network(case, device="cpu"):
     config.latent_size = case.K
     config.latent_pooling = "strips"
     config.latent_norm = None  # hidden states are fed back as they are
+    config.imagery = "latents"
     with torch.device(device):
         qwen = QwenVL._from_config(config, attn_implementation="sdpa").train()
     qwen.model.visual.requires_grad_(False)

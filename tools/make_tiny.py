@@ -40,6 +40,7 @@ from lib.command_line import override_constants, require
 from lib.geometry import bin_word, centroid_and_area, describe_location, project, view_width
 from lib.images import patchify
 from lib.jobs import Job, run_jobs
+from lib.place import place_directions
 from lib.ray_tracer import camera_rays
 from model import PROMPT_END, PROMPT_START, SUFFIX, load_model
 
@@ -48,8 +49,8 @@ OUT = "out/tiny"  # folder that is written
 # --- data
 CLIPS = 8000  # >= 1; clips of pretrain.jsonl
 TEST_CLIPS = 200  # >= 1; clips of pretrain_test.jsonl
-OPTION_ROWS = 36000  # >= 1; text-only rows: near drills, far drills, "pick the option" by turns
-OPTION_TEST_ROWS = 600  # >= 1; of them in pretrain_test.jsonl
+OPTION_ROWS = 48000  # >= 1; text-only rows: near drills, far drills, "pick the option", "bind" by turns
+OPTION_TEST_ROWS = 800  # >= 1; of them in pretrain_test.jsonl
 TOY_CLIPS = (300, 300, 100, 10)  # >= 1; train, test, rl_train, rl_test: for the tokenizer, to measure chance
 THINGS = (3, 5)  # >= 1, rising; fewest and most things of one "track" row
 P_TRACK = (1.0, 1.0, 1.0, 0.4)  # 0 to 1; chances of a clip's rows: words, words, pixels, colour
@@ -58,6 +59,7 @@ VOCAB = 1024  # >= 300; entries of the tokenizer
 CONFIG = "assets/tiny_network.json"  # the network's shape, below the repository's root
 # --- optimisation
 EYES = (3000, 2000, 2e-3)  # > 0; clips, steps and peak LR of the visual encoder's own training
+PLACE = (0.3, 2.0)  # 0 to 100; what is left of the cells' own features, and of what all others grow to
 FLOW_SIZE = 1.5  # > 0; length of the features that tell the optical flow, per unit of its code
 EYES_BATCH = 16  # >= 1; clips of one of its steps
 STAGES = [  # name, kinds of rows ("plain": far drills of short options), steps, peak LR, supervised
@@ -72,8 +74,12 @@ STAGES = [  # name, kinds of rows ("plain": far drills of short options), steps,
     ("again", "grounding fine cells colour near far options", 300, 1e-3, "all"),
     ("polish", "grounding colour options", 300, 7e-4, "all"),
     ("flow", "", 1500, 3e-3, ""),  # the visual encoder alone
+    ("place", "", 0, 0, ""),  # its last layer, in closed form
     ("settle", "grounding fine cells colour near far options", 200, 1.5e-3, "all"),
+    ("slots", "near far options", 200, 1e-3, "letters"),
     ("last", "grounding colour near far options", 250, 1e-3, "all"),
+    ("bind", "far options bind", 300, 3e-4, "letters"),
+    ("final", "grounding colour near far options bind", 150, 1e-3, "all"),
 ]
 MOST_STEPS = 0  # >= 0; steps of a stage at most, for a trial; 0: as STAGES says
 GLOBAL_BATCH = 32  # >= 1; rows of one step
@@ -100,6 +106,7 @@ def data_constants(c):
     data.SEED = c.SEED
     data.WORKERS = c.WORKERS
     data.P_OBJECT_CLIP = 0.5
+    data.P_FOLLOW = 0.0
     return data
 
 
@@ -220,7 +227,12 @@ def drill(rng, near, size):
     """
     question = ["Write labels and find their letters."]
     answer = []
-    labels = [*vocabulary.COLOURS, *vocabulary.MOVES, *vocabulary.DIRECTIONS]
+    labels = [
+        *vocabulary.COLOURS,
+        *vocabulary.MOVES,
+        *vocabulary.DIRECTIONS,
+        *vocabulary.VOCABULARY["follow"],
+    ]
     gaps = ("", "\n") if near else ("", "\n", ".\n", ".</think>\n<answer>")
     for _ in range(3 if near else 1):
         if near or rng.random() < 0.5:
@@ -235,11 +247,34 @@ def drill(rng, near, size):
     return "\n\n".join(question), "\n\n".join(answer)
 
 
+def bind_texts(rng):
+    """A motion question with its reasoning, but no video, to learn its letter alone -> three texts.
+
+    The label is drawn at random and stands in the reasoning, so nothing is said about motion.
+    """
+    kind = str(rng.choice(["single", "pair", "direction", "distance", "speed", "follow", "follow"]))
+    phrases = vocabulary.phrases_for("camera" if kind in ("single", "pair") else kind)
+    label = str(rng.choice(vocabulary.VOCABULARY[kind]))
+    thing = f"{rng.choice(list(vocabulary.COLOURS))} {rng.choice(list(vocabulary.SHAPES))}"
+    count = int(rng.integers(2, 4))
+    if kind == "follow":
+        thing = f"{rng.choice(list(vocabulary.SLOTS))} {thing}"
+        count = int(rng.integers(3, 14))
+    times = [generate_data.format_seconds(second) for second in range(1, 2 * count, 2)]
+    question = generate_data.pick_phrase(rng, phrases["ask"], thing=thing, a=times[0], b=times[-1])
+    options = generate_data.draw_options(rng, kind, label)
+    question, _, key = generate_data.shuffle_options(rng, question, options)
+    thought = generate_data.write_thought(rng, phrases, thing, times, label, " ")
+    return question, thought, f"{key}. {label}"
+
+
 def option_row(split, number, seed, size):
     """A text-only row, by turns: a near drill, a far drill, a question that names the option to pick."""
     rng = np.random.default_rng([seed, vocabulary.SPLITS.index(split), number, 1])
-    subtask = ("near", "far", "options")[number % 3]
-    if subtask == "options":
+    subtask = ("near", "far", "options", "bind")[number % 4]
+    if subtask == "bind":
+        question, thought, answer = bind_texts(rng)
+    elif subtask == "options":
         label, *others = option_question(rng, size)
         question = f'Pick the option that says "{label}".'
         question, _, key = generate_data.shuffle_options(rng, question, [label, *others])
@@ -250,7 +285,10 @@ def option_row(split, number, seed, size):
         thought = ""
         question, answer = drill(rng, subtask == "near", size)
     clip = Clip(f"{split}_text")
-    return Draft(generate_data.base_row(clip, f"{number:06d}", question, thought, answer, subtask), subtask)
+    row = generate_data.base_row(clip, f"{number:06d}", question, thought, answer, subtask)
+    if subtask == "bind":
+        row["supervise"] = "letters"
+    return Draft(row, subtask)
 
 
 # ---------------------------------------------------------------- rows: who makes them, what a stage sees
@@ -549,6 +587,33 @@ def train_flow(parent, out, steps, peak, c, clips):
     save_eyes(model, clips, out)
 
 
+# ---------------------------------------------------------------- place: what all images share
+
+
+@torch.no_grad()
+def shrink_place(parent, out, c, clips):
+    """Makes what a visual token shows stand out against where it is, in the merger's last layer.
+
+    Most of the variance is a token's place, in few directions. With their projection P, the mean m, and
+    (s, g) of PLACE: W' = g (I - (1 - s) P) W and b' = g (I - (1 - s) P) (b - m).
+    """
+    model = load_eyes(parent)
+    videos = [clip[0] for clip in clips[:300]]
+    t, h, w = videos[0][1]
+    cells = len(videos[0][2]) // t
+    features = features_of(model, videos)
+    mean, directions, before = place_directions(features, cells)
+    left, gain = c.PLACE
+    shrink = torch.eye(len(mean)) - (1 - left) * directions.T @ directions
+    last = model.qwen.model.visual.merger.mlp[2]
+    last.weight.copy_(gain * shrink @ last.weight)
+    last.bias.copy_(gain * shrink @ (last.bias - mean))
+    _, _, after = place_directions(features_of(model, videos), cells)
+    print(f"place | share of the variance between cells: {before:.3f}, now {after:.3f}")
+    model.qwen.save_pretrained(out)
+    model.tokenizer.save_pretrained(out)
+
+
 # ---------------------------------------------------------------- stages
 
 
@@ -601,7 +666,10 @@ def main():
         if not kinds:
             if not (out / name).exists():
                 clips = all_sights(c, data, patching)
-                train_flow(parent, out / f"{name}.part", steps, lr, c, clips)
+                if name == "place":
+                    shrink_place(parent, out / f"{name}.part", c, clips)
+                else:
+                    train_flow(parent, out / f"{name}.part", steps, lr, c, clips)
                 (out / f"{name}.part").rename(out / name)
         elif not (out / name / f"step_{steps:06d}" / "config.json").exists():
             file = out / "rows" / f"stage_{name}.jsonl"

@@ -2,15 +2,19 @@
 
     python -m tools.measure_base MODEL=assets/tiny DATA=out/tiny/rows
 
-Prints a line each for x, y, size words ("track"), letters of "pick the option that says", and the motion
-questions of test_imagery.jsonl, with the number of items and the 95 % interval.
+Prints a line each for x, y, size words ("track"), letters of "pick the option that says", the share of the
+visual tokens' variance that is their place, and the motion questions of test_imagery.jsonl, with the number
+of items and the 95 % interval.
 """
 
 import re
 from pathlib import Path
 
+import torch
+
 from evaluate import Settings, evaluate
 from lib.command_line import override_constants
+from lib.place import place_directions
 from lib.rows import read_rows
 from lib.scores import wilson_interval
 from model import VisionCache, encode_row, generate, load_model
@@ -90,6 +94,14 @@ def main():
     texts = answers(model, options, 60, c.BATCH)
     right = sum(letter(row.text_output) == letter(text) for row, text in zip(options, texts))
     show("options, letters", right, len(options))
+
+    # how much of a visual token is its place
+    vision = VisionCache(model)
+    vision.encode_missing([tuple(row.image_input) for row in grounding], rows[0].source)
+    entries = list(vision.store.values())
+    cells = len(entries[0].features) // entries[0].grid[0]
+    _, _, share = place_directions(torch.cat([entry.features for entry in entries]), cells)
+    print(f"{'variance that is place':24} {100 * share:5.1f} % of {len(entries):5d} clips", flush=True)
 
     # questions about motion, which the base has never been told about
     motion = read_rows(Path(c.DATA) / "test_imagery.jsonl")

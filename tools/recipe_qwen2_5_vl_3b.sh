@@ -19,11 +19,11 @@ BENCHMARK_VIDEOS=${BENCHMARK_VIDEOS:-data/dsr/bmk_video} # its videos, <videoID>
 OUT=${OUT:-out}                                    # folder of all results
 
 # 1. Data: labels from geometry, masks from files. SEGMENTER=sam3 ANNOTATOR=api instead needs SAM3 and an endpoint.
-python generate_data.py SOURCE=spatialvid SEGMENTER=files MAX_SIDE=640 VIDEOS="$SPATIALVID" OUT="$OUT/real"
+python generate_data.py SOURCE=spatialvid SEGMENTER=files MAX_SIDE=640 ALPHA=0.4 VIDEOS="$SPATIALVID" OUT="$OUT/real"
 
 # 2. DIFT: text and imagery. STEPS times GLOBAL_BATCH rows are seen; set STEPS for the size of your data.
 torchrun --nproc_per_node=8 dift.py MODEL="$BASE" DATA="$OUT/real" OUT="$OUT/dift_3b" PARALLEL=fsdp \
-    POOLING=strips LR=1e-5 WARMUP=10 BETA2=0.999 W_CE=0.1 W_SIM=1.0 STEPS=5000 GLOBAL_BATCH=8 MICRO_BATCH=1 \
+    K=4 POOLING=strips LR=1e-5 WARMUP=10 BETA2=0.999 W_CE=0.1 W_SIM=1.0 STEPS=5000 GLOBAL_BATCH=8 MICRO_BATCH=1 \
     TEST_BATCH=8 CHECKPOINTING=True CACHE_FEATURES=False
 
 # 3. 4DRL: the same questions, answered by the model itself; scored on held-out questions before and after.

@@ -3,8 +3,7 @@
 import numpy as np
 from PIL import Image
 
-# as with masks from motion, the background's shift stands in for poses where there are none
-from lib.segmenters.motion import global_shifts, number_regions  # noqa: F401
+from lib.follow import number_regions
 
 LANDMARKS = False  # the file holds what moves, not what stands still
 COARSE = 96  # longer side at which regions are told apart, pixels

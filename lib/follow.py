@@ -1,0 +1,333 @@
+"""One moving thing followed through a clip, as one identity, from what moves against the background.
+
+A Pair says how one frame goes over into a neighbour. What moves does so towards both neighbours; a region is
+the same thing in the next frame if it is where its pixels went.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from lib.background import (
+    box_mean,
+    fit_homography,
+    improve_flow,
+    improve_homography,
+    measure_flow,
+    move_points,
+    normalise,
+    pixel_grid,
+    resize_masks,
+    sample,
+    scaled,
+    share_explained,
+    split_into_cells,
+    stands_still,
+)
+
+LEAST_TEXTURE = 0.01  # of a normalised picture; where there is less, nothing is seen to move
+LEAST_STEP = 0.5  # pixels; what moves less between two frames is not seen to move
+NOISE_FACTOR = 4.0  # a pixel moves if its flow is so many times as large as the background's
+LEAST_PIXELS = 30  # of a region
+LEAST_OVERLAP = 0.35  # of a region and where the one before went, intersection over union
+STARTS = 3  # largest regions of each frame that are followed from there
+COLOUR_STEPS = 8  # of each channel, for shares of colours
+LEAST_CHANGE = 14.0  # of 255; what differs less from the background has not changed
+GROWTH = 13  # pixels; an outline reaches no farther than this wide a square around a rough mask
+RING = 21  # pixels; a thing's surroundings are what this wide a square around it reaches
+
+
+# ---------------------------------------------------------------- pairs of frames
+
+
+@dataclass
+class Pair:
+    """How one frame goes over into another."""
+
+    homography: np.ndarray  # (3, 3), pixels of the one to pixels of the other: what stands still
+    flow: np.ndarray  # (H, W, 2) pixels beyond the homography
+    noise: float  # pixels; what the flow is where nothing moves
+
+    def strength(self):
+        """How clearly each pixel moves, (H, W): above 1 it does."""
+        threshold = max(LEAST_STEP, NOISE_FACTOR * self.noise)
+        return np.hypot(self.flow[..., 0], self.flow[..., 1]) / threshold
+
+    def carry(self, mask):
+        """A mask (H, W) of the other frame -> where these pixels are in the one frame, (H, W) bool."""
+        x, y = move_points(self.homography, *pixel_grid(mask.shape))
+        share = sample(mask.astype(float), x + self.flow[..., 0], y + self.flow[..., 1])
+        return np.nan_to_num(share) > 0.5
+
+
+def measure_pairs(shot):
+    """A Shot -> the Pairs of its frames t to t + 1, and those t + 1 to t; T - 1 each, at small size."""
+    return measure_bytes(shot.dense.tobytes(), shot.dense.shape, tuple(shot.places))
+
+
+@functools.lru_cache(maxsize=2)
+def measure_bytes(data, shape, places):
+    """As measure_pairs, of the bytes of all frames: the segmenter and the evidence measure a clip once."""
+    frames = np.frombuffer(data, np.uint8).reshape(shape)
+    pictures = np.stack([normalise(frame.mean(-1)) for frame in frames])
+    is_still = stands_still(pictures)
+
+    # Between close frames all things move little; several of these steps make one to the next frame.
+    onwards, backwards = [], []
+    for a, b in zip(pictures, pictures[1:]):
+        homography = np.eye(3) if is_still else fit_homography(a, b)
+        onwards.append(measure_pair(a, b, homography))
+        backwards.append(measure_pair(b, a, scaled(np.linalg.inv(homography))))
+    return join_steps(onwards, backwards, places, lambda pair, i, j: polish(pair, pictures[i], pictures[j]))
+
+
+def measure_pair(a, b, homography):
+    """Two normalised pictures (H, W) and the homography between them -> Pair; no texture: no flow."""
+    flow, texture = measure_flow(a, b, homography)
+    has_texture = texture > LEAST_TEXTURE
+    flow = flow * has_texture[..., None]
+    return Pair(homography, flow, noise_of(flow, has_texture))
+
+
+def polish(pair, a, b):
+    """A Pair of several steps between two pictures (H, W) -> the same without what the steps added up to."""
+    flow, texture = improve_flow(pair.flow, a, b, pair.homography)
+    has_texture = texture > LEAST_TEXTURE
+    flow = flow * has_texture[..., None]
+    return Pair(pair.homography, flow, noise_of(flow, has_texture))
+
+
+def join_steps(onwards, backwards, places, finish):
+    """Pairs of neighbours -> Pairs of the frames at `places` both ways, each through finish(pair, i, j)."""
+    joined, joined_back = [], []
+    for i, j in zip(places, places[1:]):
+        pair = functools.reduce(join, onwards[i:j])
+        back = functools.reduce(join, backwards[i:j][::-1])
+        joined.append(finish(pair, i, j))
+        joined_back.append(finish(back, j, i))
+    return joined, joined_back
+
+
+def join(first, second):
+    """The Pairs of two steps, one after the other -> that of both."""
+    x, y = pixel_grid(first.flow.shape[:2])
+    between = move_points(first.homography, x, y)
+    between_x, between_y = between[0] + first.flow[..., 0], between[1] + first.flow[..., 1]
+    more = [np.nan_to_num(sample(second.flow[..., axis], between_x, between_y)) for axis in (0, 1)]
+    end = np.add(move_points(second.homography, between_x, between_y), more)
+    homography = scaled(second.homography @ first.homography)
+    flow = np.stack(end - np.array(move_points(homography, x, y)), -1)
+    return Pair(homography, flow, np.hypot(first.noise, second.noise))
+
+
+def noise_of(flow, has_texture):
+    """flow (H, W, 2) -> what it is where nothing moves: 1.48 times its median, of the calmer cells.
+
+    A quarter of the cells is calmer than that; so what moves may fill most of what has texture.
+    """
+    lengths = np.where(has_texture, np.hypot(flow[..., 0], flow[..., 1]), np.nan)
+    medians = []
+    for cell in split_into_cells(lengths):
+        known = cell[np.isfinite(cell)]
+        if len(known) > 0.01 * cell.size:
+            medians.append(np.median(known))
+    return 1.48 * float(np.quantile(medians, 0.25)) if len(medians) >= 3 else np.inf
+
+
+def homographies_to_first(frames, onwards):
+    """Small frames (T, h, w, 3), Pairs t to t + 1 -> homographies (T, 3, 3) from each frame to the first.
+
+    Each is fitted once more to the two frames themselves: what is chained adds up its errors.
+    """
+    first, *others = [normalise(frame.mean(-1)) for frame in frames]
+    chain = [np.eye(3)]
+    for picture, pair in zip(others, onwards):
+        homography = scaled(chain[-1] @ np.linalg.inv(pair.homography))
+        if not np.allclose(homography, np.eye(3)):
+            homography = improve_if_seen(homography, picture, first)
+        chain.append(homography)
+    return np.stack(chain)
+
+
+def improve_if_seen(homography, a, b):
+    """A homography from a to b (H, W) -> a better one, if it is one: the two may show little in common."""
+    better = homography
+    for _ in range(6):
+        better = improve_homography(better, a, b, 8)
+    is_better = share_explained(better, a, b) > share_explained(homography, a, b)
+    return better if is_better else homography
+
+
+# ---------------------------------------------------------------- regions
+
+
+def number_regions(masks):
+    """masks (T, H, W) -> a number for each 4-connected region, 0 outside: pixels take the largest around."""
+    own_number = np.arange(1, masks.size + 1).reshape(masks.shape)
+    numbers = np.where(masks, own_number, 0)
+    previous = None
+    while previous is None or (numbers != previous).any():
+        previous = numbers
+        padded = np.pad(numbers, ((0, 0), (1, 1), (1, 1)))
+        right = padded[:, 1:-1, 2:]
+        left = padded[:, 1:-1, :-2]
+        below = padded[:, 2:, 1:-1]
+        above = padded[:, :-2, 1:-1]
+        largest = np.max([numbers, below, above, right, left], 0)
+        numbers = np.where(masks, largest, 0)
+    return numbers
+
+
+def list_regions(mask, least=LEAST_PIXELS):
+    """mask (H, W) -> its connected regions of at least so many pixels, the largest first."""
+    numbers = number_regions(mask[None])[0]
+    found, counts = np.unique(numbers[numbers > 0], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return [numbers == found[i] for i in order if counts[i] >= least]
+
+
+def overlap(a, b):
+    """Intersection over union of two masks."""
+    return (a & b).sum() / max((a | b).sum(), 1)
+
+
+def widen(mask, side):
+    """mask (H, W) -> what has any of it in a square of this odd side around it."""
+    return box_mean(mask, side) > 1e-6
+
+
+def find_moving(onwards, backwards):
+    """Pairs -> (T, H, W) bool: what moves towards each neighbour in time; specks and holes are closed."""
+    masks = []
+    for t in range(len(onwards) + 1):
+        strengths = [pair.strength() for pair in (*onwards[t : t + 1], *backwards[max(t - 1, 0) : t])]
+        moves = np.min(strengths, 0) > 1
+        masks.append(box_mean(moves, 3) > 0.5)
+    return np.stack(masks)
+
+
+# ---------------------------------------------------------------- one identity
+
+
+def follow(regions, onwards, backwards, start, region):
+    """A region of frame `start`, all regions by frame -> {frame: region} of one thing, until it is lost."""
+    chain = {start: region}
+    for step in (1, -1):
+        t = start
+        while 0 <= t + step < len(regions):
+            # the pair that begins in the next frame says where its pixels were in this one
+            pair = backwards[t] if step == 1 else onwards[t - 1]
+            expected = pair.carry(chain[t])
+            candidates = sorted(regions[t + step], key=lambda other: overlap(expected, other))
+            if not candidates or overlap(expected, candidates[-1]) < LEAST_OVERLAP:
+                break
+            t += step
+            chain[t] = candidates[-1]
+    return chain
+
+
+def follow_largest(onwards, backwards):
+    """Pairs -> masks (T, H, W) of the thing with most pixels over all its frames; empty if nothing moves."""
+    moving = find_moving(onwards, backwards)
+    regions = [list_regions(mask) for mask in moving]
+    found = np.zeros_like(moving)
+    most = 0
+    for t in range(len(moving)):
+        for region in regions[t][:STARTS]:
+            chain = follow(regions, onwards, backwards, t, region)
+            size = sum(mask.sum() for mask in chain.values())
+            if size > most:
+                most = size
+                found[:] = False
+                for frame, mask in chain.items():
+                    found[frame] = mask
+    return found
+
+
+# ---------------------------------------------------------------- outlines
+
+
+def colour_numbers(frames):
+    """RGB (..., 3) uint8 -> a number for each colour, COLOUR_STEPS of a channel."""
+    steps = frames.astype(int) * COLOUR_STEPS // 256
+    return (steps[..., 0] * COLOUR_STEPS + steps[..., 1]) * COLOUR_STEPS + steps[..., 2]
+
+
+def colour_shares(numbers):
+    """Numbers of colours (n,) -> the share of each (COLOUR_STEPS ** 3,), blurred into its neighbours."""
+    counts = np.bincount(numbers, minlength=COLOUR_STEPS**3).astype(float)
+    counts = counts.reshape([COLOUR_STEPS] * 3)
+    for axis in range(3):
+        padded = np.pad(counts, [(1, 1) if axis == other else (0, 0) for other in range(3)])
+        before, after = padded.take(range(COLOUR_STEPS), axis), padded.take(range(2, COLOUR_STEPS + 2), axis)
+        counts = counts + (before + after) / 4
+    return counts.ravel() / max(counts.sum(), 1)
+
+
+def background_of(frames, to_first, t):
+    """frames (T, H, W, 3) -> frame t without what moves: the median of all, each moved into its place."""
+    x, y = pixel_grid(frames.shape[1:3])
+    moved = []
+    for frame, homography in zip(frames, to_first):
+        points = move_points(np.linalg.inv(homography) @ to_first[t], x, y)
+        channels = [sample(frame[..., channel], *points) for channel in range(3)]
+        aligned = np.stack(channels, -1)
+        # outside of a frame nothing is known, so nothing has changed
+        moved.append(np.where(np.isfinite(aligned), aligned, frames[t]))
+    return np.median(moved, 0)
+
+
+def find_changed(frames, to_first, numbers):
+    """frames (T, H, W, 3) -> (T, H, W) bool: what differs from the background, in the frames `numbers`."""
+    changed = np.zeros(frames.shape[:3], bool)
+    for t in numbers:
+        difference = np.abs(frames[t] - background_of(frames, to_first, t)).max(-1)
+        threshold = max(LEAST_CHANGE, 3 * np.median(difference))
+        changed[t] = box_mean(difference, 3) > threshold
+    return changed
+
+
+def sharpen(frames, found, moving, to_first):
+    """Rough masks (T, H, W) of one thing -> its outline, by what has changed and by its colours.
+
+    The thing's colours are those of its changed pixels, the background's those of the ring around it. What
+    has changed around the rough mask counts unless its colour is the background's or it is of another moving
+    thing; a slow thing's middle, which has not changed, counts if its colour is the thing's.
+    """
+    visible = np.flatnonzero(found.any((1, 2)))
+    changed = find_changed(frames.astype(float), to_first, visible)
+    ring = np.zeros_like(found)
+    around = np.zeros_like(found)
+    for t in visible:
+        wide = widen(found[t], RING)
+        ring[t] = wide & ~widen(moving[t], 5) & ~changed[t]
+        around[t] = widen(found[t], GROWTH) & ~(moving[t] & ~widen(found[t], 5))
+    certain = found & changed
+    if certain.sum() < 0.35 * found.sum():
+        certain = found
+    if not certain.any() or not ring.any():
+        return found & False
+
+    numbers = colour_numbers(frames)
+    own, other = colour_shares(numbers[certain]), colour_shares(numbers[ring])
+    log_ratio = np.log((own + 1e-4) / (other + 1e-4))
+    outlines = np.zeros_like(found)
+    for t in visible:
+        likely = box_mean(log_ratio[numbers[t]], 5)
+        mask = changed[t] & around[t] & (likely > -0.5)
+        mask |= widen(found[t], 5) & (likely > 0.7)
+        regions = list_regions(box_mean(mask, 5) > 0.5)
+        if regions:
+            outlines[t] = max(regions, key=lambda region: (region & found[t]).sum())
+    return outlines
+
+
+def masks_of_one_thing(shot, onwards, backwards):
+    """A Shot and its Pairs -> masks (T, H, W) of one moving thing, or none."""
+    frames = shot.dense[shot.places]
+    found = follow_largest(onwards, backwards)
+    if found.any():
+        moving = find_moving(onwards, backwards)
+        found = sharpen(frames, found, moving, homographies_to_first(frames, onwards))
+    return resize_masks(found, shot.frames.shape[1:3])
