@@ -896,6 +896,8 @@ def open_folder(out, constants):
 def write_split(out, split, drafts):
     """Writes the jsonl files of a split and prints its counts -> counts for meta.json."""
     remedy = "use more videos, another SEED, or masks of a better SEGMENTER (docs/data.md)"
+    if not drafts:
+        print()  # ends the line of what was dropped
     require(drafts, f"There are no rows for the split {split}; {remedy}.")
     # DIFT splits are written in three forms of one and the same rows.
     if split in ("train", "test"):

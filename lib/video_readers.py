@@ -133,7 +133,10 @@ class DecordVideo:
         if is_transport_stream(path):
             raise BadVideo(NOT_BY_DECORD)
         self.path = path
-        reader = open_decord(path)
+        try:
+            reader = open_decord(path)
+        except Exception as error:  # of several kinds; of AV1, and of what is no video
+            raise BadVideo("decord cannot open it") from error
         self.times = read_times(reader)
         begins_hidden = len(self.times) > 0 and self.times.min() < 0
         begins_without_keyframe = [*reader.get_key_indices()][:1] != [0]
