@@ -262,8 +262,8 @@ def fill_empty_split(drafts):
     last = scenes[-1]
     handed = [draft for draft, scene in zip(drafts[other], scenes) if scene == last]
     left = [draft for draft, scene in zip(drafts[other], scenes) if scene != last]
-    print(f"\nThe videos of the split {empty[0]} gave no rows, so {last} is in it", end="")
-    print("." if left else f" and in {other} too: no other scene gave rows.", end="")
+    print(f"The videos of the split {empty[0]} gave no rows, so {last} is in it", end="")
+    print("." if left else f" and in {other} too: no other scene gave rows.")
     return {split: handed if split in empty else left or handed for split in drafts}
 
 

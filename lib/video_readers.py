@@ -176,10 +176,13 @@ def finds_keyframes(path):
     keyframe it is another one. A picture that stands still tells nothing, so the next keyframe is tried.
     """
     reader = open_decord(path)
-    for number in reader.get_key_indices()[1 : KEYFRAMES + 1]:
-        before, reached = read_piece(reader, [number - 1]), read_piece(reader, [number])
-        sought = read_piece(open_decord(path), [number])
-        if not np.array_equal(sought, reached):
+    keyframes = reader.get_key_indices()[1 : KEYFRAMES + 1]
+    sought = [read_one(reader, number) for number in keyframes]
+    # Another reader goes on from frame to frame, so that it never jumps.
+    reader = open_decord(path)
+    for number, jumped in zip(keyframes, sought):
+        before, reached = read_one(reader, number - 1), read_one(reader, number)
+        if not np.array_equal(jumped, reached):
             return False
         if not np.array_equal(before, reached):
             return True
@@ -198,18 +201,20 @@ def read_times(reader):
 
 
 def read_piece(reader, numbers):
-    """The frames of these numbers, (H, W, 3) uint8 each.
+    """The frames of these numbers, (H, W, 3) uint8 each."""
+    try:
+        return list(reader.get_batch(numbers).asnumpy())
+    except Exception:  # of a padded width; of a damaged file the next line fails too
+        return [read_one(reader, number) for number in numbers]
+
+
+def read_one(reader, number):
+    """The frame of this number, (H, W, 3) uint8.
 
     Some widths, such as 72, are padded in memory to what looks to decord like four channels: (H, W, 4), in
     which each row of 3 · W numbers stands at the beginning of one of 4 · W.
     """
-    try:
-        return list(reader.get_batch(numbers).asnumpy())
-    except Exception:  # of such a width; of a damaged file the next lines fail too
-        frames = [reader[number].asnumpy() for number in numbers]
-    padded = []
-    for frame in frames:
-        height, width, channels = frame.shape
-        rows = frame.reshape(height, width * channels)
-        padded.append(rows[:, : 3 * width].reshape(height, width, 3))
-    return padded
+    frame = reader[number].asnumpy()
+    height, width, channels = frame.shape
+    rows = frame.reshape(height, width * channels)
+    return rows[:, : 3 * width].reshape(height, width, 3)
