@@ -63,7 +63,7 @@ class PyAVVideo:
         wanted = [(self.ticks[index], index) for index in indexes]
         shown = None
         for frame in decode_all(self.path):
-            if shown is not None and frame.pts < shown.pts:  # H.264 with B-frames in AVI
+            if shown is not None and frame.pts < shown.pts:
                 raise BadVideo("the times of its frames do not rise")
             # A listed frame may be damaged: until the next one a player shows the one before.
             if shown is not None and wanted[0][0] < frame.pts:
@@ -88,10 +88,17 @@ def open_stream(path):
 
 
 def decode_all(path):
-    """All frames of a video, in the order and with the times (`pts`, in ticks of the file) of a player."""
+    """All frames of a video, in the order and with the times (`pts`, in ticks of the file) of a player.
+
+    AVI says when a frame is decoded, not when it is shown: a constant later, but for the last ones.
+    """
     container, stream = open_stream(path)
+    last = -1
     with container:
         for frame in container.decode(stream):
+            if container.format.name == "avi":
+                frame.pts = last + 1 if frame.dts is None else frame.dts
+                last = frame.pts
             if frame.pts is not None:
                 yield frame
 
@@ -100,13 +107,14 @@ def read_ticks(path):
     """A video's frames in the order of a player -> their times in ticks of the file [int], in seconds (n,).
 
     The file says them without decoding, those that it hides (its beginning was cut off) aside; a player
-    begins with the first one. In AVI they come from decoding.
+    begins with the first one. Where the file does not say them (AVI) they come from decoding.
     """
     container, stream = open_stream(path)
     with container:
         ticks = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
         unit = float(stream.time_base)
-    if None in ticks:
+        is_silent = container.format.name == "avi" or None in ticks
+    if is_silent:
         ticks = [frame.pts for frame in decode_all(path)]
     if not ticks:
         raise BadVideo("it holds no frames")
