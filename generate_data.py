@@ -779,7 +779,7 @@ def video_clips(c, job, name):
             clips.append((clip, drafts))
             dropped += reasons
             dropped += bad
-    except Exception as error:  # decord raises many kinds; each means that these files cannot be used
+    except Exception as error:  # readers raise many kinds; each means that these files cannot be used
         return [], {f"clips are unreadable ({describe_error(error)})": 1}
     if not clips:
         return [], {"videos have no shot of four frames": 1}
@@ -909,7 +909,7 @@ def write_split(out, split, drafts):
     kinds = [draft.row.get("subtask", draft.row.get("Type")) for draft in drafts]
     labels = [f"{kind}: {draft.label}" for kind, draft in zip(kinds, drafts) if "box" not in kind]
     subtasks = dict(Counter(sorted(kinds)))
-    print(f"\n{split:13s} {len(drafts):6d} rows {subtasks}", end="")
+    print(f"{split:13s} {len(drafts):6d} rows {subtasks}")
     return {"rows": len(drafts), "subtasks": subtasks, "labels": Counter(sorted(labels))}
 
 
@@ -917,7 +917,7 @@ def write_files(out, drafts, dropped, constants):
     """{split: drafts} -> the jsonl files and, last, meta.json with constants and counts."""
     for reason, names in dropped.items():
         examples = list(dict.fromkeys(names))[:3]
-        print(f"\ndropped: {len(names)} {reason}, such as {', '.join(examples)}", end="")
+        print(f"dropped: {len(names)} {reason}, such as {', '.join(examples)}")
     counts = {split: write_split(out, split, rows) for split, rows in drafts.items()}
     write_json(out / "meta.json", {"constants": constants, "counts": counts, "dropped": dropped})
 
@@ -955,7 +955,7 @@ def main():
     if is_drawn:
         draw_sheet(out / "train_imagery.jsonl", out / "inspect.png", shown)
     release_lock(out)
-    print(f"\n{out} is ready after {time.time() - begun:.0f} s.")
+    print(f"{out} is ready after {time.time() - begun:.0f} s.")
     if is_drawn:
         print(f"Look at some rows before you train on them: {out / 'inspect.png'}")
 

@@ -319,8 +319,8 @@ def open_run(out, resume, constants, kept, rows=None):
     in one sentence; so must the training rows, if they are given. Rank 0 locks OUT until the program ends.
     """
     out = Path(out)
-    is_folder = out.is_dir() or not out.exists()
-    require(is_folder, f"OUT={out} is a file; set OUT to a folder.")
+    is_folder = out.is_dir() or not (out.exists() or out.is_symlink())
+    require(is_folder, f"OUT={out} is a file or a link to nothing; set OUT to a folder.")
     require_own_folder(out, kept)
     # a new folder is not made, and so not locked, before all else is known to be right
     if is_rank0() and out.is_dir():

@@ -39,7 +39,17 @@ WORDS = ("whole", "rising", "sum 1", "any length")
 def require(condition, message):
     """Ends the program with one sentence and exit code 1 unless the condition holds."""
     if not condition:
-        sys.exit(message)
+        exit_with(message)
+
+
+def exit_with(message):
+    """Ends the program with one sentence, on one line whatever the names of files in it hold."""
+    sys.exit(printable(message))
+
+
+def printable(text):
+    """A text on one line: what cannot be printed, such as a line break in a file's name, is written out."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def quote(value):
@@ -48,7 +58,7 @@ def quote(value):
     limits.maxstring = limits.maxother = limits.maxlong = QUOTED
     text = value if isinstance(value, str) else limits.repr(value)
     # twice as much is enough to cut from, whatever its length
-    text = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text[: 2 * QUOTED])
+    text = printable(text[: 2 * QUOTED])
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
 
 
@@ -109,8 +119,9 @@ def parse_constant(key, text, default):
     """One value of the default's type: "8", 4 -> 8; "~/a" is in the home folder; exits on another type."""
     shown = f"{key}={quote(text)}"
     if isinstance(default, str):
-        is_text = "\0" not in text
-        require(is_text, f"{shown} holds a NUL character; leave it out.")
+        require("\0" not in text, f"{shown} holds a NUL character; leave it out.")
+        # what the command line holds beside UTF-8 comes as halves of characters
+        require(not re.search("[\ud800-\udfff]", text), f"{shown} is not UTF-8; rename the file or folder.")
         return expand_home(text)
     # what is no literal, or a very deep one, stays text
     try:
@@ -232,6 +243,9 @@ def check_range(name, value, default, comment):
     """Ends the program unless a constant is finite and in the range that its comment begins with."""
     shown = f"{name}={quote(value)}"
     if isinstance(default, str):
+        # "OUT=$RUN" without RUN would write to where one stands
+        is_given = value.strip() or not default or name != "OUT" or '""' in comment
+        require(is_given, f"{name}= is empty; set it to a folder.")
         choices = parse_choices(comment)
         if choices:
             require_choice(name, value, choices)

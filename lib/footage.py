@@ -18,6 +18,7 @@ from lib.follow import colour_numbers, colour_shares
 from lib.jobs import Job, add_timing
 from lib.pictures import BadImage
 from lib.spatialvid import BadAnnotation, has_one_note_per_frame, is_annotated, read_caption, read_notes
+from lib.video_readers import BadVideo, advise, require_reader
 
 ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")  # of videos
 UNNAMED = "moving object"  # in questions about what no one has named
@@ -54,6 +55,8 @@ def describe_error(error):
     """What is wrong with a clip, for a count of reasons: our own words, or the name of a library's error."""
     if isinstance(error, (BadAnnotation, BadImage)):
         return re.sub(r"\S*/", "", str(error))
+    if isinstance(error, BadVideo):
+        return f"{error}; {advise()}"
     return type(error).__name__
 
 
@@ -72,9 +75,7 @@ def list_videos(root, subfolder, seed, held_out_share):
 
     The number is a digest of the path inside the folder, so a run goes on although files were added.
     """
-    from lib.videos import require_decord  # brings torch, which the toy world does not need
-
-    require_decord()
+    require_reader()
     folder = Path(root, subfolder)
     paths = find_videos(folder) if root else []
     shown = quote(str(root and folder))
@@ -132,7 +133,7 @@ def read_frames(path, most_side, shown, others=()):
 
     The longer side of a frame becomes at most `most_side` pixels. `others` are wanted at small size alone.
     """
-    from lib.videos import decode_frames
+    from lib.videos import decode_frames  # brings torch, which the toy world does not need
 
     # Each frame is made small as it comes, so that a long video needs no more memory than what is kept.
     begun = time.time()
@@ -147,6 +148,8 @@ def read_frames(path, most_side, shown, others=()):
             frames.append(pixels)
             times.append(seconds)
     add_timing("frames", len(frames), begun)
+    if len(small) < len(numbers):
+        raise BadVideo("frames of it are damaged")
     return np.stack(frames), np.round(times, 3), np.stack(small)
 
 
@@ -259,8 +262,8 @@ def fill_empty_split(drafts):
     last = scenes[-1]
     handed = [draft for draft, scene in zip(drafts[other], scenes) if scene == last]
     left = [draft for draft, scene in zip(drafts[other], scenes) if scene != last]
-    print(f"\nThe videos of the split {empty[0]} gave no rows, so {last} is in it", end="")
-    print("." if left else f" and in {other} too: no other scene gave rows.", end="")
+    print(f"The videos of the split {empty[0]} gave no rows, so {last} is in it", end="")
+    print("." if left else f" and in {other} too: no other scene gave rows.")
     return {split: handed if split in empty else left or handed for split in drafts}
 
 

@@ -1,13 +1,13 @@
 """Image files to the patches that Qwen2.5-VL reads; tested against the library's own processor."""
 
 import math
-import sys
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from lib.command_line import exit_with
 from lib.pictures import BadImage, open_header, open_image, read_orientation
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's channel means, as Qwen2.5-VL was trained
@@ -30,7 +30,7 @@ def frame_sizes(size, config, name="A frame"):
         smart_height, smart_width = smart_resize(height, width, factor, config.min_pixels, config.max_pixels)
     except ValueError:
         shape = f"{original[0]} x {original[1]} pixels"
-        sys.exit(f"{name} has {shape}, too thin to be read; crop it, or drop the row.")
+        exit_with(f"{name} has {shape}, too thin to be read; crop it, or drop the row.")
     return size, (smart_width, smart_height)
 
 
@@ -59,7 +59,7 @@ def image_size(path, source):
             width, height = image.size
             is_turned = read_orientation(image) in (5, 6, 7, 8)
     except BadImage as error:
-        sys.exit(f"{source}: {error}; make it again or drop the row.")
+        exit_with(f"{source}: {error}; make it again or drop the row.")
     return (height, width) if is_turned else (width, height)
 
 

@@ -91,7 +91,7 @@ def print_progress(number, count, elapsed):
         return
     line = f"clip {number:6d}/{count} | {number / elapsed:.1f} a second"
     if on_terminal:
-        print(f"\r{line}", end="", flush=True)
+        print(f"\r{line}", end="\n" if number == count else "", flush=True)
     else:
         print(line, flush=True)
 
@@ -117,4 +117,4 @@ def print_rates(total, has_annotator):
             continue
         tokens = f", {total['tokens']} tokens" if stage == "annotator" else ""
         rate = total[unit] / (total[f"seconds of {unit}"] or 1)
-        print(f"\n{stage}: {total[unit]} {unit}{tokens}, {rate:.1f} {unit}/s/worker", end="")
+        print(f"{stage}: {total[unit]} {unit}{tokens}, {rate:.1f} {unit}/s/worker")

@@ -1,10 +1,11 @@
 """Image files of any encoding to pixels, as a viewer shows them: the one reader, without torch."""
 
 import math
-import sys
 
 import numpy as np
 from PIL import ExifTags, Image
+
+from lib.command_line import exit_with
 
 # PIL runs another program for some other formats
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
@@ -75,4 +76,4 @@ def open_image(path, source):
     try:
         return read_image(path)
     except BadImage as error:
-        sys.exit(f"{source}: {error}; make it again or drop the row.")
+        exit_with(f"{source}: {error}; make it again or drop the row.")

@@ -5,11 +5,10 @@ import json
 import os
 import random
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.command_line import expand_home, quote, quote_path, require
+from lib.command_line import exit_with, expand_home, quote, quote_path, require
 
 PLACEHOLDER = "<output_image>"  # in a row's text_output: here stands an overlay
 LETTERS = "ABCDEF"  # of options
@@ -62,7 +61,7 @@ def read_rows(path, limit=None, with_answers=False):
         try:
             raw = json.loads(line)
         except (ValueError, RecursionError) as error:  # of JSON or of UTF-8, or nested too deeply
-            sys.exit(f"{source}: not valid JSON ({quote(str(error))}); correct or delete the line.")
+            exit_with(f"{source}: not valid JSON ({quote(str(error))}); correct or delete the line.")
         require(isinstance(raw, dict), f"{source}: a row must be a JSON object.")
         row = to_row(raw, source, path.parent)
         has_answer = row.text_output or not with_answers
@@ -281,7 +280,7 @@ def find_file(name, folder, source):
     for candidate in (name, f"{folder}/{name}", f"{folder}/{without_root}"):
         if os.path.isfile(candidate):
             return os.path.abspath(candidate)
-    sys.exit(f"{source}: there is no file {quote_path(name)}, neither as written nor beside {folder}.")
+    exit_with(f"{source}: there is no file {quote_path(name)}, neither as written nor beside {folder}.")
 
 
 @functools.lru_cache(2)

@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from lib.command_line import require
+from lib.command_line import exit_with, quote_path, require
 
 LOCK = ".lock"
 # errors that a user can mend: disk, permission, a file in the place of a folder
@@ -33,8 +33,8 @@ def take_lock(folder):
     """
     folder = Path(folder)
     key = (os.getpid(), folder.absolute())
-    is_folder = folder.is_dir() or not folder.exists()
-    require(is_folder, f"{folder} is a file; set OUT to a folder.")
+    is_folder = folder.is_dir() or not (folder.exists() or folder.is_symlink())
+    require(is_folder, f"{folder} is a file or a link to nothing; set OUT to a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     if key in held:
         return
@@ -47,7 +47,7 @@ def take_lock(folder):
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                sys.exit(f"{folder} is in use by {holder}; wait for its end, or set another OUT.")
+                exit_with(f"{folder} is in use by {holder}; wait for its end, or set another OUT.")
             break
         # the holder before may have removed the file between our opening and locking it
         if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
@@ -91,7 +91,7 @@ def explain(error):
     if errno.errorcode.get(code) not in MENDABLE:
         return ""
     name = getattr(error, "filename", None)
-    place = f"{name}: " if name else ""
+    place = f"{quote_path(name)}: " if name else ""
     return f"{place}{os.strerror(code)}. Mend that, and the same command goes on from what is finished."
 
 

@@ -5,13 +5,12 @@ What is not finite, or has another shape, is BadAnnotation: a label of a clip mu
 
 import io
 import re
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from lib.command_line import quote
+from lib.command_line import exit_with, quote
 from lib.files import parse_json
 
 MOST_LETTERS = 100  # of an object's name
@@ -95,7 +94,7 @@ def read_exr_depths(path):
     try:
         import OpenEXR
     except ImportError:
-        sys.exit(f"{path} holds depth maps: pip install OpenEXR, or move it out of VIDEOS.")
+        exit_with(f"{path} holds depth maps: pip install OpenEXR, or move it out of VIDEOS.")
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.lower().endswith(".exr")]
         names.sort(key=lambda name: (len(name), name))  # 10.exr comes after 9.exr, 0010.exr after 0009.exr
@@ -133,6 +132,17 @@ OPTIONAL = ("objects.json",)  # not SpatialVID's own
 DEPTH_READERS = {".zip": read_exr_depths, ".npz": read_array_depths, ".npy": read_array_depths}
 
 
+def read_sound(read, path):
+    """What a file's reader gives; an error of numpy, of a zip or of the file is a BadAnnotation too."""
+    require_sound(path.exists(), path, "is missing")
+    try:
+        return read(path)
+    except BadAnnotation:
+        raise
+    except Exception as error:
+        raise BadAnnotation(f"{path.name} cannot be read ({type(error).__name__})") from error
+
+
 def read_notes(folder, depths, is_whole):
     """A clip's annotations -> {"indexes": (T,), "poses": (T, 7), ..., "depths": (T, H, W)}, those there are.
 
@@ -143,11 +153,11 @@ def read_notes(folder, depths, is_whole):
     for name, read in NOTE_READERS.items():
         is_needed = is_whole and name not in OPTIONAL
         if is_needed or (folder / name).exists():
-            notes[name.split(".")[0]] = read(folder / name)
+            notes[name.split(".")[0]] = read_sound(read, folder / name)
     candidates = [Path(f"{base}{ending}") for base in (depths, folder / "depths") for ending in DEPTH_READERS]
     found = [path for path in candidates if path.exists()]
     if found:
-        notes["depths"] = DEPTH_READERS[found[0].suffix](found[0])
+        notes["depths"] = read_sound(DEPTH_READERS[found[0].suffix], found[0])
     return notes
 
 
@@ -181,6 +191,9 @@ def camera_segments(instructions, count, moves):
     for span, labels in instructions.items():
         start, end = [min(int(number), count - 1) for number in span.split("->")]
         spelled = {label.replace("CCW", "Counter-Clockwise").replace("CW", "Clockwise") for label in labels}
+        unknown = spelled - {"Stay", *moves}
+        if unknown:
+            raise BadAnnotation(f"instructions.json has an unknown movement ({quote(min(unknown))})")
         named = sorted(spelled - {"Stay"}, key=moves.index)
         axes = {moves.index(name) // 2 for name in named}
         if start < end and named and len(axes) == len(named):

@@ -2,11 +2,10 @@
 
 import csv
 import json
-import sys
 from importlib import import_module
 from importlib.util import find_spec
 
-from lib.command_line import quote
+from lib.command_line import exit_with, quote
 
 
 def read_table(path):
@@ -15,14 +14,14 @@ def read_table(path):
     Exits with one sentence on a file that is no such table, or on parquet without pyarrow.
     """
     if path.suffix == ".parquet" and not find_spec("pyarrow"):
-        sys.exit(f"{path} needs pyarrow: pip install pyarrow.")
+        exit_with(f"{path} needs pyarrow: pip install pyarrow.")
     try:
         return parse_table(path)
     except OSError as error:
         # of the disk, or of a parquet file with a wrong byte
-        sys.exit(f"{path} cannot be read ({quote(str(error))}); download it again.")
+        exit_with(f"{path} cannot be read ({quote(str(error))}); download it again.")
     except Exception as error:  # of many libraries, or of JSON nested too deeply
-        sys.exit(f"{path} is no valid {path.suffix[1:]} file ({quote(str(error))}); download it again.")
+        exit_with(f"{path} is no valid {path.suffix[1:]} file ({quote(str(error))}); download it again.")
 
 
 def parse_table(path):

@@ -1,93 +1,42 @@
-"""Video files to frames: the one decord reader, and frames kept as JPEG for rows that name only a video."""
+"""Video files to frames at their times, and frames kept as JPEG for rows that name only a video."""
 
 import os
 import re
 import shutil
 import uuid
 import zlib
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from lib.command_line import quote_path, require
+from lib.command_line import quote_path
 from lib.distributed import all_gather_list, is_rank0
 from lib.files import UNFINISHED, evenly_spaced, keep_first
+from lib.video_readers import BadVideo, advise, open_video
 
-PIECE = 16  # frames decoded at once: so many lie in memory at full size
+ROUNDING = 4e-4  # seconds; Matroska and FLV round times to milliseconds: 1 / 24 to 0.042
+MOST_SAMPLES = 10**7  # of a video: a damaged time may be in a thousand years
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of a video that is a folder of images
-LONGEST_VIDEO = 1e7  # seconds
 LONGEST_NAME = 200  # bytes of a name in the cache; file systems allow 255
-
-
-def require_decord():
-    """Ends the program with the install line unless decord is there."""
-    require(find_spec("decord"), "Videos need decord: pip install decord==0.6.0, on ARM eva-decord.")
 
 
 def frame_times(path):
     """Seconds of all frames of a video (n,); errors as of decode_frames."""
-    require_decord()
-    return read_times(open_video(path))
-
-
-def read_times(reader):
-    """Seconds of all frames of an open video (n,): its timestamps, or by its rate where it has none.
-
-    For an AVI without timestamps decord says -3e17 for each frame.
-    """
-    times = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(float)
-    if len(times) and (times < -LONGEST_VIDEO).all():
-        return np.arange(len(times)) / reader.get_avg_fps()
-    return times
+    return open_video(path).times
 
 
 def decode_frames(path, fps=1.0, most=None, indexes=None):
     """A video's frames, one after the other: (PIL image, its true time in seconds).
 
     What a player shows at 0, 1 / fps ... seconds, at most `most` frames, evenly spaced; or those numbered
-    `indexes`. Decoded in pieces, so memory holds a few frames. decord raises many kinds of errors; each means
-    that the file cannot be used.
+    `indexes`, which rise. Memory holds a few. A file that cannot be used is an error of lib/video_readers.py.
     """
-    require_decord()
-    reader = open_video(path)
-    times = read_times(reader)
+    video = open_video(path)
     if indexes is None:
-        indexes = shown_frames(times, fps)
+        indexes = shown_frames(video.times, fps)
         indexes = evenly_spaced(indexes, most) if most else indexes
-    for start in range(0, len(indexes), PIECE):
-        piece = [int(index) for index in indexes[start : start + PIECE]]
-        # While frames are used, an open reader decodes on, up to the end of the video, and keeps it all.
-        reader = reader or open_video(path)
-        frames = read_piece(reader, piece)
-        reader = None
-        for index, frame in zip(piece, frames):
-            yield Image.fromarray(frame), float(times[index])
-
-
-def open_video(path):
-    """A decord reader; with one thread it decodes least ahead of what is asked."""
-    return import_module("decord").VideoReader(str(path), num_threads=1)
-
-
-def read_piece(reader, numbers):
-    """The frames of these numbers, (H, W, 3) uint8 each.
-
-    Some widths, such as 72, are padded in memory to what looks to decord like four channels: (H, W, 4), in
-    which each row of 3 · W numbers stands at the beginning of one of 4 · W.
-    """
-    try:
-        return list(reader.get_batch(numbers).asnumpy())
-    except Exception:  # of such a width; of a damaged file the next lines fail too
-        frames = [reader[number].asnumpy() for number in numbers]
-    padded = []
-    for frame in frames:
-        height, width, channels = frame.shape
-        rows = frame.reshape(height, width * channels)
-        padded.append(rows[:, : 3 * width].reshape(height, width, 3))
-    return padded
+    for index, image in video.frames(indexes):
+        yield image, float(video.times[index])
 
 
 def shown_frames(times, fps):
@@ -96,15 +45,15 @@ def shown_frames(times, fps):
     At a time it shows the last frame that has begun. Frames before 0 are not shown: a cut without encoding
     anew leaves some. A video that begins later is sampled from its first frame on. Rising, each once.
     """
-    if not np.isfinite(times).all():
-        raise ValueError("timestamps that are no numbers")
+    if not np.isfinite(times).all() or np.ptp(times) * fps > MOST_SAMPLES:
+        raise BadVideo("its times cannot be true")
     order = np.argsort(times, kind="stable")
     if times.max() >= 0:
         order = order[times[order] >= 0]
     begins = times[order]
-    wanted = np.arange(begins[0], begins[-1] + 1e-6, 1 / fps)
-    # of frames with one and the same time the last is shown; 1e-6 is less than any frame lasts
-    shown = np.searchsorted(begins, wanted + 1e-6, side="right") - 1
+    wanted = np.arange(begins[0], begins[-1] + ROUNDING, 1 / fps)
+    # of frames with one and the same time the last is shown
+    shown = np.searchsorted(begins, wanted + ROUNDING, side="right") - 1
     return order[np.unique(shown)].tolist()
 
 
@@ -124,7 +73,7 @@ def frames_on_disk(video, cache, fps, most):
     if not folder.is_dir():
         reason = decode_into(folder, path, fps, most)
         if reason:
-            return [], f"{shown} cannot be decoded ({reason}); encode it as H.264"
+            return [], f"{shown} cannot be decoded ({reason}); {advise()}"
     images = sorted(folder.glob("*.jpg"), key=lambda image: float(image.stem))
     return [(str(image), float(image.stem)) for image in images], ""
 
@@ -149,11 +98,12 @@ def decode_into(folder, path, fps, most):
         for frame, seconds in decode_frames(path, fps, most):
             unfinished.mkdir(parents=True, exist_ok=True)
             frame.save(unfinished / f"{seconds:09.3f}.jpg", quality=95, subsampling=0)
-    except OSError:  # of our own disk
-        raise
-    except Exception as error:  # decord's, of many kinds
+    except Exception as error:  # a reader's, of many kinds
+        of_own_disk = isinstance(error, OSError) and not type(error).__module__.startswith("av")
+        if of_own_disk:
+            raise
         shutil.rmtree(unfinished, ignore_errors=True)
-        return type(error).__name__
+        return str(error) if isinstance(error, BadVideo) else type(error).__name__
     if not unfinished.is_dir():
         return "no frames"
     keep_first(unfinished, folder)

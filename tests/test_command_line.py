@@ -261,3 +261,15 @@ def test_what_is_required_ends_the_program_where_it_does_not_hold():
     require_choice("RESUME", "auto", ("auto", "never"))
     sentence = refused(lambda: require_choice("RESUME", "some", ("auto", "never", "")))
     assert sentence == 'RESUME=some is not one of auto, never, "".'
+
+
+def test_texts_that_are_no_names_are_refused():
+    """Halves of characters stand for bytes that are not UTF-8; an empty OUT is an unset variable."""
+    script = {"OUT": "out/x", "DATA": ""}
+    refused(lambda: override_constants(script, ["DATA=a\udcff"]), "DATA=a\\udcff", "is not UTF-8")
+    refused(lambda: override_constants(script, ["OUT="]), "OUT= is empty")
+    assert override_constants(script, ["OUT=ü'\" 🙂", "DATA="]).OUT == "ü'\" 🙂"
+
+
+def test_a_sentence_stands_on_one_line():
+    refused(lambda: require(False, "a\nb\u2028.jsonl holds no rows."), "a\\nb\\u2028.jsonl holds no rows.")

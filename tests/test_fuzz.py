@@ -1,6 +1,8 @@
 """Bad input of every kind, made from seeds: a sentence, or counted, or harmless; no traceback, nothing wrong.
 
-FUZZ=20000 pytest tests/test_fuzz.py    makes that many variants; without it there are about 1,700
+FUZZ=20000 pytest tests/test_fuzz.py -s    makes that many variants; without it there are about 1,700
+
+With -s it prints how many of each kind ended in a sentence and how many were taken.
 """
 
 import importlib
@@ -8,6 +10,8 @@ import io
 import json
 import math
 import os
+from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,7 +25,8 @@ from lib.images import load_patches, patch_grid
 from lib.pictures import BadImage, read_image
 from lib.rows import LETTERS, NO_TEXT, PLACEHOLDER, read_rows
 from lib.segmenters.files import read_mask
-from lib.spatialvid import camera_segments, has_one_note_per_frame, read_notes
+from lib.spatialvid import BadAnnotation, camera_segments, has_one_note_per_frame, read_notes
+from lib.tables import read_table
 from lib.text import as_text
 from lib.vocabulary import MOVES
 from model import encode_row, load_model
@@ -63,15 +68,32 @@ def pick(rng, items):
     return items[int(rng.integers(len(items)))]
 
 
-def outcome(call):
+tally = Counter()  # (kind, "sentence" or "taken"): how often
+
+
+@pytest.fixture(scope="module", autouse=True)
+def print_tally():
+    yield
+    for kind in dict.fromkeys(kind for kind, _ in tally):
+        print(f"\n| {kind} | {tally[kind, 'sentence']} | {tally[kind, 'taken']} |", end="")
+    print()
+
+
+def outcome(kind, call):
     """What a call gives, and None; or None, and the one sentence that it ends the program with.
 
-    Any other exception is a traceback: it fails the test.
+    Of an annotation the sentence is that of a BadAnnotation, which a run counts. Any other exception is a
+    traceback: it fails the test.
     """
     try:
-        return call(), None
+        found = call()
+        tally[kind, "taken"] += 1
+        return found, None
     except SystemExit as stop:
         sentence = stop.code
+    except BadAnnotation as error:
+        sentence = f"clips are unreadable ({error})."
+    tally[kind, "sentence"] += 1
     assert isinstance(sentence, str) and "\n" not in sentence and sentence.endswith((".", "?")), sentence
     assert len(sentence) <= LONGEST, sentence
     return None, sentence
@@ -170,7 +192,7 @@ def test_rows(tmp_path, model, numbers):
         if rng.random() < 0.2:
             data = damage(rng, data)
         path.write_bytes(data + b"\n")
-        rows, sentence = outcome(lambda trained=bool(seed % 2): read_rows(path, None, trained))
+        rows, sentence = outcome("rows", lambda trained=bool(seed % 2): read_rows(path, None, trained))
         if sentence:
             assert "rows.jsonl" in sentence, (seed, sentence)
         for row in rows or []:
@@ -211,7 +233,7 @@ def test_tables(tmp_path, numbers):
             text = dump(entries) if path.suffix == ".json" else "\n".join(map(dump, entries))
         data = text.encode() if is_whole else damage(rng, text.encode())
         path.write_bytes(data)
-        rows, sentence = outcome(lambda file=path: benchmarks.read_benchmark("dsr", str(file)))
+        rows, sentence = outcome("tables", lambda file=path: benchmarks.read_benchmark("dsr", str(file)))
         for row in rows or []:
             if not row.skip_reason:
                 assert row.key and set(row.key) <= set(row.options) <= set(LETTERS)
@@ -222,6 +244,27 @@ def test_tables(tmp_path, numbers):
             assert sentence is None, (seed, sentence)
             good = [rows[0], rows[2]]
             assert [row.key for row in good] == ["B", "B"] and not good[0].skip_reason, seed
+
+
+@pytest.mark.parametrize("numbers", seeds("tables"), ids=str)
+def test_damaged_parquet(tmp_path, numbers):
+    """A sentence, or a table: parquet has no checksum of its text, so a wrong byte may be another letter."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = importlib.import_module("pyarrow")
+    whole = tmp_path / "whole.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(good_entries() * 20), whole)
+    assert read_table(whole) == good_entries() * 20
+    for seed in numbers:
+        rng = np.random.default_rng([6, seed])
+        path = tmp_path / "b.parquet"
+        path.write_bytes(damage(rng, whole.read_bytes()))
+        entries, sentence = outcome("parquet", partial(read_table, path))
+        if sentence:
+            assert "b.parquet" in sentence, (seed, sentence)
+            continue
+        rows, sentence = outcome("parquet", lambda file=path: benchmarks.read_benchmark("dsr", str(file)))
+        for row in rows or []:
+            assert row.skip_reason or set(row.key) <= set(row.options), seed
 
 
 # ---------------------------------------------------------------- images
@@ -293,12 +336,14 @@ def test_images(tmp_path, model, numbers):
         else:
             data = damage(rng, data)
         path.write_bytes(data)
-        loaded, sentence = outcome(lambda file=path: load_patches([file], model.config, "rows.jsonl:1"))
+        loaded, sentence = outcome(
+            "images", lambda file=path: load_patches([file], model.config, "rows.jsonl:1")
+        )
         if sentence:
             assert "rows.jsonl:1" in sentence and ".img" in sentence, (seed, sentence)
         else:
             assert torch.isfinite(loaded[0]).all() and len(loaded[0]) == math.prod(loaded[1])
-        outcome(lambda file=path: patch_grid([file], model.config, "rows.jsonl:1"))
+        outcome("images", lambda file=path: patch_grid([file], model.config, "rows.jsonl:1"))
 
 
 @pytest.mark.parametrize(
@@ -357,9 +402,17 @@ def spoil(rng, array):
     return array.astype(pick(rng, ["S8", "c16", "O", "f2", "i4"]))
 
 
+def annotated(folder, masks):
+    """What a run takes from a folder: the notes, camera movements, whether they fit the masks, and labels."""
+    notes = read_notes(folder, folder / "none", is_whole=True)
+    segments = camera_segments(notes["instructions"], len(masks), MOVES)
+    fits = has_one_note_per_frame(notes, len(masks))
+    return notes, segments, fits, object_labels(masks, notes, 70) if fits else {}
+
+
 @pytest.mark.parametrize("numbers", seeds("annotations"), ids=str)
 def test_annotations(tmp_path, numbers):
-    """What cannot be meant is an exception, which generate_data.py counts; labels are never wrong."""
+    """What cannot be meant is a BadAnnotation that names the file; labels are never wrong."""
     masks, clean = moving_square()
     right = object_labels(masks, clean, 70)
     assert right == {"direction": "Moving Right", "distance": "Maintaining Roughly the Same Distance"}
@@ -388,14 +441,11 @@ def test_annotations(tmp_path, numbers):
             np.save(folder / f"{other}.npy", array, allow_pickle=True)
         for file, data in texts.items():
             (folder / file).write_bytes(data)
-        try:
-            notes = read_notes(folder, folder / "none", is_whole=True)
-            segments = camera_segments(notes["instructions"], 8, MOVES)
-            fits = has_one_note_per_frame(notes, 8)
-            found = object_labels(masks, notes, 70) if fits else {}
-        except Exception as error:
-            assert not isinstance(error, (AssertionError, RecursionError)), seed
+        read, sentence = outcome("annotations", partial(annotated, folder, masks))
+        if sentence:
+            assert name in sentence, (seed, sentence)
             continue
+        notes, segments, fits, found = read
         assert (np.diff(notes["indexes"]) > 0).all() and notes["indexes"][0] >= 0
         assert all(0 <= start < end < 8 for start, end, _ in segments), seed
         assert all(text.isprintable() and text for text in notes.get("objects", {}).values()), seed
@@ -448,7 +498,7 @@ def test_constants(numbers):
         module = importlib.import_module(pick(rng, SCRIPTS))
         names = [*read_ranges(module.__file__), "STEP", "", "x" * 500, "SEED "]
         word = f"{pick(rng, names)}={pick(rng, WORDS)}"
-        c, sentence = outcome(lambda m=module, w=word: override_constants(vars(m), [w]))
+        c, sentence = outcome("constants", lambda m=module, w=word: override_constants(vars(m), [w]))
         if sentence is None:
             for value in vars(c).values():
                 assert all(math.isfinite(number) and abs(number) <= 1e15 for number in numbers_in(value)), (

@@ -12,7 +12,7 @@ from PIL import Image
 from test_real_data import constants, label_of, moving_square, rows_of, shot_of, thing_path, write_video
 
 import generate_data as gd
-from lib import evidence, videos
+from lib import evidence, video_readers
 from lib.background import fit_homography, measure_flow, move_points, normalise, pixel_grid, sample
 from lib.follow import list_regions
 from lib.footage import ENDINGS, choose_frames, fill_empty_split, find_cuts, list_videos, read_shots
@@ -312,8 +312,8 @@ def test_times_without_timestamps_are_by_the_rate():
         def get_avg_fps(self):
             return 10.0
 
-    assert videos.read_times(Reader([-3e17, -3e17, -3e17])).tolist() == [0, 0.1, 0.2]
-    assert videos.read_times(Reader([-0.1, 0, 0.1])).tolist() == [-0.1, 0, 0.1]
+    assert video_readers.read_times(Reader([-3e17, -3e17, -3e17])).tolist() == [0, 0.1, 0.2]
+    assert video_readers.read_times(Reader([-0.1, 0, 0.1])).tolist() == [-0.1, 0, 0.1]
 
 
 def test_no_split_stays_empty(capsys):

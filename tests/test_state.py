@@ -2,7 +2,7 @@
 
 The kill test ends a stage at chosen operations on its folder: before, and in the middle of, each write,
 rename and removal. The same command must then go on to the same bytes. CI takes some of them; all, in some
-twenty minutes: KILLS=all pytest tests/test_state.py -k killed_stage -s
+twenty minutes: KILLS=all pytest tests/test_state.py -k killed_stage -s; KILLS=60 takes so many of each
 """
 
 import errno
@@ -28,7 +28,7 @@ import lib.jobs
 import lib.videos
 from lib.checkpoints import Run, fingerprint, load_optimizer, newest_checkpoint, open_run, save_checkpoint
 from lib.files import append_jsonl, read_json, read_jsonl, remove_folder, remove_leftovers, write_json
-from lib.files import write_text
+from lib.files import evenly_spaced, write_text
 from lib.rows import read_rows
 from lib.safety import explain, release_lock, take_lock
 from lib.scores import read_results
@@ -169,8 +169,9 @@ def test_a_killed_stage_ends_in_the_same_bytes(stage, tiny, world, tmp_path):
     whole = state_of(out)
     kills = [(number, False) for number in range(len(events))]
     kills += [(number, True) for number, event in enumerate(events) if event == "open"]
-    if os.environ.get("KILLS") != "all":
-        kills = kills[1 :: len(kills) // 3]
+    count = os.environ.get("KILLS", "4")
+    if count != "all":
+        kills = evenly_spaced(kills[1:], int(count))
     failed, different = [], []
     for number, half in kills:
         shutil.rmtree(out)
@@ -339,6 +340,57 @@ def test_a_full_disk_is_one_line(stage, tiny, world, tmp_path):
 def test_out_that_is_a_file_is_one_line(stage, tiny, world, tmp_path):
     (tmp_path / "out").write_text("mine")
     refused(lambda: run_stage(stage, command(stage, tiny, world, tmp_path / "out")), "is a file", "set OUT")
+
+
+@pytest.mark.parametrize("constant", ["OUT", "DATA", "MODEL"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_odd_names_are_a_sentence_and_nothing_waits(stage, constant, tiny, world, tmp_path, monkeypatch):
+    """Long names, pipes, devices, links to nothing and to themselves, line breaks, no UTF-8."""
+    if stage == "generate_data" and constant != "OUT":
+        constant, words = "VIDEOS", ["SOURCE=videos"]
+    else:
+        words = []
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    os.mkfifo("pipe.jsonl")
+    Path("broken").symlink_to("nowhere")
+    Path("loop").symlink_to("loop")
+    Path("two\nlines.jsonl").write_text("{")
+    Path("empty.jsonl").write_text("")
+    names = [
+        "x" * 300,
+        "x/" * 2500,
+        "pipe",
+        "pipe.jsonl",
+        "broken",
+        "loop",
+        "/dev/null",
+        "/dev/zero",
+        "a\udcff",
+    ]
+    names += ["two\nlines.jsonl", "empty.jsonl"]
+    names += [""] if constant == "OUT" and stage != "evaluate" else []
+
+    def hang(*_):
+        raise AssertionError(f"{name[:80]!r} is waited for")
+
+    for name in names:
+        signal.signal(signal.SIGALRM, hang)
+        signal.alarm(60)
+        try:
+            # of two words for one constant the last counts
+            run_stage(stage, [*command(stage, tiny, world, "out"), *words, f"{constant}={name}"])
+            sentence = "taken"
+        except SystemExit as stop:
+            sentence = stop.code
+        except OSError as error:
+            sentence = explain(error)
+        finally:
+            signal.alarm(0)
+        assert sentence.endswith(".") and sentence.isprintable() and len(sentence) < 400, (
+            name[:80],
+            sentence,
+        )
 
 
 @pytest.mark.parametrize("stage", ["dift", "grpo4d", "evaluate"])

@@ -19,7 +19,7 @@ from model import load_model
 # --- paths
 MODEL = "out/dift"  # run folder (its newest checkpoint is taken) or one checkpoint
 DATA = "out/toy"  # folder whose training overlays the readout is fitted on; none there: no imagery is drawn
-VIDEO_FILE = ""  # a video that decord reads, or a folder of frame_* images
+VIDEO_FILE = ""  # a video file, or a folder of frame_* images
 OUT = ""  # "": the folder ask in MODEL's, and a suffix for each control
 CACHE = "out/frames"  # folder for the frames of decoded videos; may be deleted
 # --- data

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lib.command_line import override_constants, require, require_choice
+from lib.command_line import exit_with, override_constants, require, require_choice
+from lib.footage import describe_error
 from lib.videos import decode_frames, frame_times, shown_frames
 
 VIDEO_FILE = ""  # the video that the boxes are of
@@ -85,8 +86,11 @@ if __name__ == "__main__":
     require(track in tracks, f"TRACK={track} is not in BOXES={c.BOXES}; set it to one of {known}.")
 
     # the frames that generate_data.py takes, each with the box of its own number
-    numbers = shown_frames(frame_times(c.VIDEO_FILE), c.FPS)
-    first, _ = next(decode_frames(c.VIDEO_FILE, indexes=numbers[:1]))
+    try:
+        numbers = shown_frames(frame_times(c.VIDEO_FILE), c.FPS)
+        first, _ = next(decode_frames(c.VIDEO_FILE, indexes=numbers[:1]))
+    except Exception as error:  # readers raise many kinds
+        exit_with(f"VIDEO_FILE={c.VIDEO_FILE} cannot be decoded ({describe_error(error)}).")
     folder = Path(c.VIDEO_FILE).with_suffix("") / f"masks_{c.ROLE}"
     folder.mkdir(parents=True, exist_ok=True)
     found = 0
