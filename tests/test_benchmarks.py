@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from evaluate import Settings, TrueLatents
 from lib import benchmarks, report, scores, tables, videos
 from lib.files import read_json, read_jsonl
 from model import Completion, load_model
+from tools.ask import toy_notes
 
 
 def make_video(path, seconds=3, fps=4, seed=0, size=(64, 48)):
@@ -631,8 +633,13 @@ def test_ask_one_question_about_one_video(bench, monkeypatch, capsys):
         f"CACHE={bench / 'cache'}",
     ]
     run_script(monkeypatch, "tools/ask.py", f"MODEL={bench / 'model'}", "OPTIONS=left|right|up", *more)
-    assert "answered: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "answered: " in said
     page = (out / "report.html").read_text()
+    # who reads either one is warned: a network of this size knows no real video
+    for text in (said, page):
+        assert "A toy answer: it is by a toy network of" in text
+        assert "about real video it is right by chance at most" in text
     assert "Where &lt;to&gt;?" in page and "C. up" in page and 'data-mark="asked"' in page
     assert page.count("<img") >= 1
     run_script(monkeypatch, "tools/ask.py", f"MODEL={bench / 'model'}", *more)  # an open question
@@ -641,6 +648,15 @@ def test_ask_one_question_about_one_video(bench, monkeypatch, capsys):
     for options in ("left", "a|b|c|d|e|f|g"):
         wrong = [*gone, f"OPTIONS={options}"]
         refused(lambda wrong=wrong: run_script(monkeypatch, "tools/ask.py", *wrong), "OPTIONS=", "2 to 6")
+
+
+def test_the_bundled_network_gives_toy_answers_and_a_large_one_does_not():
+    """By the number of weights: those of assets/tiny are counted, a large network needs no notice."""
+    (note,) = toy_notes(load_model(str(ROOT / "assets/tiny")))
+    assert re.match(r"A toy answer: it is by a toy network of \d\.\d million weights, ", note)
+
+    large = SimpleNamespace(numel=lambda: 3 * 10**9)
+    assert toy_notes(SimpleNamespace(qwen=SimpleNamespace(parameters=lambda: [large]))) == []
 
 
 # ---------------------------------------------------------------- the authors' checkpoint, imitated
