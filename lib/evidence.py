@@ -35,6 +35,8 @@ TURN_ERROR = (
 LEAST_EXPLAINED = 0.85  # share of the frame outside of the thing that moves with the background
 OTHER_SIZE = 0.3  # another moving region of this share of the thing's size is another moving thing
 OTHER_FRAMES = 0.3  # share of the frames in which there may be one
+SECOND_BODY = 0.3  # of the larger one; a smaller part is a limb
+DOUBLE_FRAMES = 0.3  # share of the frames that may show two bodies
 HALO = 3  # pixels; what moves is found so far beyond the thing
 FOCALS = (0.6, 0.75, 0.9, 1.1, 1.4, 1.8, 2.5, 4.0)  # focal lengths that are tried, in longer sides
 
@@ -68,6 +70,7 @@ class Track:
     growth: np.ndarray  # (3,) log growth from first to last by the flow, the area and the height
     strength: float  # flow inside the masks over the background's noise, the median of all frames
     slip: float  # most that a step's centre differs from where the flow leads, in roots of the area
+    doubles: float  # share of the frames whose mask falls apart into two bodies when it is thinned
     wholeness: float  # of the last mask: how much of what moves there it bounds, intersection over union
     camera_way: float  # frame widths; the farthest that a corner of the background moves
     turn_error: float  # frame widths; how far off the best turn of a camera is from it
@@ -147,9 +150,15 @@ def centre_of(mask):
     return np.array([x.mean(), y.mean()])
 
 
+def moving_pixels(pair, mask):
+    """The pixels of a mask (H, W) that are seen to move, all of them if none is; a bare surface is not."""
+    moves = mask & (pair.strength() > 1)
+    return moves if moves.any() else mask
+
+
 def growth_by_flow(pair, mask):
     """Log growth of the thing in a mask (H, W) from this frame to the next: how its pixels spread."""
-    y, x = np.nonzero(mask)
+    y, x = np.nonzero(moving_pixels(pair, mask))
     moved_x, moved_y = move_points(pair.homography, x.astype(float), y.astype(float))
     points = np.stack([x, y], -1)
     targets = np.stack([moved_x, moved_y], -1) + pair.flow[y, x]
@@ -162,6 +171,20 @@ def growth_by_flow(pair, mask):
         error = np.hypot(*(after - scale * before).T)
         kept = error <= np.percentile(error, 80)
     return float(np.log(max(scale, 0.1)))
+
+
+def falls_apart(mask):
+    """Whether a mask (H, W), made thinner and thinner, becomes two bodies of comparable size.
+
+    Two people side by side move as one. A box around both is not that of "the moving object".
+    """
+    core = mask
+    while core.any():
+        bodies = list_regions(core, least=4)
+        if len(bodies) > 1 and bodies[1].sum() > SECOND_BODY * bodies[0].sum():
+            return True
+        core = ~widen(~core, 3)
+    return False
 
 
 def wholeness(mask, moving):
@@ -193,7 +216,7 @@ def measure_track(frames, masks, run, onwards, moving):
     flow_way = np.zeros(2)
     strengths, slips = [], []
     for n, t in enumerate(run[:-1]):
-        inside = onwards[t].flow[masks[t]]
+        inside = onwards[t].flow[moving_pixels(onwards[t], masks[t])]
         here, there = centres[n], centres[n + 1]
         flow = np.median(inside, 0)
         expected = np.array(move_points(onwards[t].homography, *here)) + flow
@@ -215,6 +238,7 @@ def measure_track(frames, masks, run, onwards, moving):
         growth=np.array(growth),
         strength=float(np.median(strengths)),
         slip=max(slips),
+        doubles=float(np.mean([falls_apart(masks[t]) for t in run])),
         wholeness=wholeness(masks[run[-1]], moving[run[-1]]),
         camera_way=corner_shift(camera, np.eye(3), shape),
         turn_error=turn_error(camera, shape),
@@ -261,7 +285,7 @@ def judge_direction(track):
     total = np.hypot(*np.diff(track.path, axis=0).T).sum()
     disagreement = np.hypot(*(track.flow_way - way * [1, -1])) / max(length, 1e-9)
     sure = [rise(length, 0.6 * LEAST_WAY, 2 * LEAST_WAY)]
-    sure += [rise(length / max(total, 1e-9), 0.5, 1), rise(disagreement, 0.5, 0)]
+    sure += [rise(length / max(total, 1e-9), 0.5, 1), rise(disagreement, 0.8, 0.1)]
 
     # Sideways in shares of the depth, and by how much of the depth it nears or recedes.
     lateral = length * view_width(66.0)
@@ -296,7 +320,7 @@ def judge_distance(track):
 
 
 def judge_box(track):
-    """Track -> ("", margin 0 to 1): the masks are of one size, and show the whole thing.
+    """Track -> ("", margin 0 to 1): the masks are of one size, and show the whole thing and nothing else.
 
     Of what moves by less than its own size some may be taken for the background.
     """
@@ -305,6 +329,7 @@ def judge_box(track):
     size = np.sqrt(np.median(areas)) / track.masks.shape[2]  # frame widths
     way = np.hypot(*(track.path[-1] - track.path[0]))
     sure = [rise(change, np.log(1.5), 0), rise(way / size, 0.2, 1), rise(track.wholeness, 0.4, 0.9)]
+    sure.append(rise(track.doubles, DOUBLE_FRAMES, 0))
     return "", min(sure)
 
 
@@ -325,7 +350,7 @@ def weigh(shot, masks, least_confidence):
         return Evidence(shown, reasons=Counter([FLAWS["border"]]))
 
     onwards, backwards = measure_pairs(shot)
-    moving = find_moving(onwards, backwards)
+    moving = find_moving(onwards, backwards, measured=True)
     track = measure_track(small, small_masks, run, onwards, moving)
     outside = [moving[t] & ~widen(small_masks[t], 15) for t in run]
     n_others = 0
