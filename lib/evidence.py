@@ -19,6 +19,7 @@ from lib.follow import (
     list_regions,
     measure_pairs,
     overlap,
+    touches_border,
     widen,
 )
 from lib.footage import UNNAMED
@@ -35,8 +36,6 @@ TURN_ERROR = (
 LEAST_EXPLAINED = 0.85  # share of the frame outside of the thing that moves with the background
 OTHER_SIZE = 0.3  # another moving region of this share of the thing's size is another moving thing
 OTHER_FRAMES = 0.3  # share of the frames in which there may be one
-SECOND_BODY = 0.3  # of the larger one; a smaller part is a limb
-DOUBLE_FRAMES = 0.3  # share of the frames that may show two bodies
 HALO = 3  # pixels; what moves is found so far beyond the thing
 FOCALS = (0.6, 0.75, 0.9, 1.1, 1.4, 1.8, 2.5, 4.0)  # focal lengths that are tried, in longer sides
 
@@ -45,6 +44,7 @@ FLAWS = {
     "background": "clips have a background that does not move as one",
     "travel": "clips have a camera that travels: what is near seems to move",
 }
+CROWD = "box questions are about one of several things that move"
 LACKS = {"residual": "clear motion", "identity": "one clear identity", "margin": "a clear label"}
 
 
@@ -70,19 +70,12 @@ class Track:
     growth: np.ndarray  # (3,) log growth from first to last by the flow, the area and the height
     strength: float  # flow inside the masks over the background's noise, the median of all frames
     slip: float  # most that a step's centre differs from where the flow leads, in roots of the area
-    doubles: float  # share of the frames whose mask falls apart into two bodies when it is thinned
     wholeness: float  # of the last mask: how much of what moves there it bounds, intersection over union
     camera_way: float  # frame widths; the farthest that a corner of the background moves
     turn_error: float  # frame widths; how far off the best turn of a camera is from it
 
 
 # ---------------------------------------------------------------- what is measured
-
-
-def touches_border(mask):
-    """Whether a mask (H, W) reaches the frame's rim, so that some of the thing may be outside."""
-    rims = mask[0].sum() + mask[-1].sum() + mask[:, 0].sum() + mask[:, -1].sum()
-    return rims > 0.15 * np.sqrt(mask.sum())
 
 
 def longest_run(is_good):
@@ -173,20 +166,6 @@ def growth_by_flow(pair, mask):
     return float(np.log(max(scale, 0.1)))
 
 
-def falls_apart(mask):
-    """Whether a mask (H, W), made thinner and thinner, becomes two bodies of comparable size.
-
-    Two people side by side move as one. A box around both is not that of "the moving object".
-    """
-    core = mask
-    while core.any():
-        bodies = list_regions(core, least=4)
-        if len(bodies) > 1 and bodies[1].sum() > SECOND_BODY * bodies[0].sum():
-            return True
-        core = ~widen(~core, 3)
-    return False
-
-
 def wholeness(mask, moving):
     """mask (H, W), what moves (H, W) -> overlap of the mask's box with that of the moving region it is in.
 
@@ -238,7 +217,6 @@ def measure_track(frames, masks, run, onwards, moving):
         growth=np.array(growth),
         strength=float(np.median(strengths)),
         slip=max(slips),
-        doubles=float(np.mean([falls_apart(masks[t]) for t in run])),
         wholeness=wholeness(masks[run[-1]], moving[run[-1]]),
         camera_way=corner_shift(camera, np.eye(3), shape),
         turn_error=turn_error(camera, shape),
@@ -320,7 +298,7 @@ def judge_distance(track):
 
 
 def judge_box(track):
-    """Track -> ("", margin 0 to 1): the masks are of one size, and show the whole thing and nothing else.
+    """Track -> ("", margin 0 to 1): the masks are of one size, and show the whole thing.
 
     Of what moves by less than its own size some may be taken for the background.
     """
@@ -329,7 +307,6 @@ def judge_box(track):
     size = np.sqrt(np.median(areas)) / track.masks.shape[2]  # frame widths
     way = np.hypot(*(track.path[-1] - track.path[0]))
     sure = [rise(change, np.log(1.5), 0), rise(way / size, 0.2, 1), rise(track.wholeness, 0.4, 0.9)]
-    sure.append(rise(track.doubles, DOUBLE_FRAMES, 0))
     return "", min(sure)
 
 
@@ -364,6 +341,10 @@ def weigh(shot, masks, least_confidence):
         return evidence
 
     for kind, judge in JUDGES.items():
+        # Two people who walk side by side among others move as one, but a box is of one thing.
+        if kind == "box" and not evidence.is_alone:
+            evidence.reasons[CROWD] += 1
+            continue
         label, margin = judge(track)
         scores = {
             "residual": rise(track.strength, 2, 12),

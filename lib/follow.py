@@ -375,15 +375,31 @@ def complete(moving, changed):
     return completed
 
 
+def touches_border(mask):
+    """Whether a mask (H, W) reaches the frame's rim, so that some of the thing may be outside."""
+    rims = mask[0].sum() + mask[-1].sum() + mask[:, 0].sum() + mask[:, -1].sum()
+    return rims > 0.15 * np.sqrt(mask.sum())
+
+
+def count_whole(masks):
+    """In how many of the frames a mask (T, H, W) shows a whole thing."""
+    return sum(mask.any() and not touches_border(mask) for mask in masks)
+
+
 def masks_of_one_thing(shot, onwards, backwards):
     """A Shot and its Pairs -> masks (T, H, W) of one moving thing, or none."""
     frames = shot.dense[shot.places]
     moving = find_moving(onwards, backwards)
     found = follow_largest(moving, onwards, backwards)
     if found.any():
-        to_first = homographies_to_first(frames, onwards)
         # Of a thing of one colour, or a slow one, more has changed than is seen to move.
-        changed = find_changed(frames.astype(float), to_first)
-        found = follow_largest(complete(moving, changed), onwards, backwards)
-        found = sharpen(frames, found, moving, changed)
+        changed = find_changed(frames.astype(float), homographies_to_first(frames, onwards))
+        completed = follow_largest(complete(moving, changed), onwards, backwards)
+        found = sharpen(frames, completed, moving, changed)
+        # Before a bare wall this may join things that pass; then what was measured itself says more.
+        measured = find_moving(onwards, backwards, measured=True)
+        alone = follow_largest(measured, onwards, backwards)
+        alone = sharpen(frames, alone, measured, changed)
+        if count_whole(alone) > count_whole(found):
+            found = alone
     return resize_masks(found, shot.frames.shape[1:3])
