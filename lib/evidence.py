@@ -19,6 +19,7 @@ from lib.follow import (
     list_regions,
     measure_pairs,
     overlap,
+    touches_border,
     widen,
 )
 from lib.footage import UNNAMED
@@ -43,6 +44,7 @@ FLAWS = {
     "background": "clips have a background that does not move as one",
     "travel": "clips have a camera that travels: what is near seems to move",
 }
+CROWD = "box questions are about one of several things that move"
 LACKS = {"residual": "clear motion", "identity": "one clear identity", "margin": "a clear label"}
 
 
@@ -74,12 +76,6 @@ class Track:
 
 
 # ---------------------------------------------------------------- what is measured
-
-
-def touches_border(mask):
-    """Whether a mask (H, W) reaches the frame's rim, so that some of the thing may be outside."""
-    rims = mask[0].sum() + mask[-1].sum() + mask[:, 0].sum() + mask[:, -1].sum()
-    return rims > 0.15 * np.sqrt(mask.sum())
 
 
 def longest_run(is_good):
@@ -147,9 +143,15 @@ def centre_of(mask):
     return np.array([x.mean(), y.mean()])
 
 
+def moving_pixels(pair, mask):
+    """The pixels of a mask (H, W) that are seen to move, all of them if none is; a bare surface is not."""
+    moves = mask & (pair.strength() > 1)
+    return moves if moves.any() else mask
+
+
 def growth_by_flow(pair, mask):
     """Log growth of the thing in a mask (H, W) from this frame to the next: how its pixels spread."""
-    y, x = np.nonzero(mask)
+    y, x = np.nonzero(moving_pixels(pair, mask))
     moved_x, moved_y = move_points(pair.homography, x.astype(float), y.astype(float))
     points = np.stack([x, y], -1)
     targets = np.stack([moved_x, moved_y], -1) + pair.flow[y, x]
@@ -193,7 +195,7 @@ def measure_track(frames, masks, run, onwards, moving):
     flow_way = np.zeros(2)
     strengths, slips = [], []
     for n, t in enumerate(run[:-1]):
-        inside = onwards[t].flow[masks[t]]
+        inside = onwards[t].flow[moving_pixels(onwards[t], masks[t])]
         here, there = centres[n], centres[n + 1]
         flow = np.median(inside, 0)
         expected = np.array(move_points(onwards[t].homography, *here)) + flow
@@ -261,7 +263,7 @@ def judge_direction(track):
     total = np.hypot(*np.diff(track.path, axis=0).T).sum()
     disagreement = np.hypot(*(track.flow_way - way * [1, -1])) / max(length, 1e-9)
     sure = [rise(length, 0.6 * LEAST_WAY, 2 * LEAST_WAY)]
-    sure += [rise(length / max(total, 1e-9), 0.5, 1), rise(disagreement, 0.5, 0)]
+    sure += [rise(length / max(total, 1e-9), 0.5, 1), rise(disagreement, 0.8, 0.1)]
 
     # Sideways in shares of the depth, and by how much of the depth it nears or recedes.
     lateral = length * view_width(66.0)
@@ -325,7 +327,7 @@ def weigh(shot, masks, least_confidence):
         return Evidence(shown, reasons=Counter([FLAWS["border"]]))
 
     onwards, backwards = measure_pairs(shot)
-    moving = find_moving(onwards, backwards)
+    moving = find_moving(onwards, backwards, measured=True)
     track = measure_track(small, small_masks, run, onwards, moving)
     outside = [moving[t] & ~widen(small_masks[t], 15) for t in run]
     n_others = 0
@@ -339,6 +341,10 @@ def weigh(shot, masks, least_confidence):
         return evidence
 
     for kind, judge in JUDGES.items():
+        # Two people who walk side by side among others move as one, but a box is of one thing.
+        if kind == "box" and not evidence.is_alone:
+            evidence.reasons[CROWD] += 1
+            continue
         label, margin = judge(track)
         scores = {
             "residual": rise(track.strength, 2, 12),

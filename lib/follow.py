@@ -31,10 +31,13 @@ LEAST_STEP = 0.5  # pixels; what moves less between two frames is not seen to mo
 NOISE_FACTOR = 4.0  # a pixel moves if its flow is so many times as large as the background's
 LEAST_PIXELS = 30  # of a region
 LEAST_OVERLAP = 0.35  # of a region and where the one before went, intersection over union
+FILLS = (7, 15, 31)  # pixels; where nothing is seen, flow is that of the texture in squares of these sides
 STARTS = 3  # largest regions of each frame that are followed from there
 COLOUR_STEPS = 8  # of each channel, for shares of colours
 LEAST_CHANGE = 14.0  # of 255; what differs less from the background has not changed
 GROWTH = 13  # pixels; an outline reaches no farther than this wide a square around a rough mask
+INSIDE = 9  # pixels; what such a square around it has no other pixel of is well inside a rough mask
+LEAST_MOVING = 0.1  # share of a changed region that is seen to move, if it is of a moving thing
 RING = 21  # pixels; a thing's surroundings are what this wide a square around it reaches
 
 
@@ -46,13 +49,15 @@ class Pair:
     """How one frame goes over into another."""
 
     homography: np.ndarray  # (3, 3), pixels of the one to pixels of the other: what stands still
-    flow: np.ndarray  # (H, W, 2) pixels beyond the homography
+    flow: np.ndarray  # (H, W, 2) pixels beyond the homography; 0 where it is not known
     noise: float  # pixels; what the flow is where nothing moves
+    has_texture: np.ndarray  # (H, W) bool; where the flow was measured, not filled in
 
-    def strength(self):
-        """How clearly each pixel moves, (H, W): above 1 it does."""
+    def strength(self, measured=False):
+        """How clearly each pixel moves, (H, W): above 1 it does. measured: 0 where the flow is filled in."""
         threshold = max(LEAST_STEP, NOISE_FACTOR * self.noise)
-        return np.hypot(self.flow[..., 0], self.flow[..., 1]) / threshold
+        strength = np.hypot(self.flow[..., 0], self.flow[..., 1]) / threshold
+        return strength * self.has_texture if measured else strength
 
     def carry(self, mask):
         """A mask (H, W) of the other frame -> where these pixels are in the one frame, (H, W) bool."""
@@ -83,19 +88,36 @@ def measure_bytes(data, shape, places):
 
 
 def measure_pair(a, b, homography):
-    """Two normalised pictures (H, W) and the homography between them -> Pair; no texture: no flow."""
-    flow, texture = measure_flow(a, b, homography)
-    has_texture = texture > LEAST_TEXTURE
-    flow = flow * has_texture[..., None]
-    return Pair(homography, flow, noise_of(flow, has_texture))
+    """Two normalised pictures (H, W) and the homography between them -> Pair."""
+    return to_pair(homography, *measure_flow(a, b, homography))
 
 
 def polish(pair, a, b):
     """A Pair of several steps between two pictures (H, W) -> the same without what the steps added up to."""
-    flow, texture = improve_flow(pair.flow, a, b, pair.homography)
+    return to_pair(pair.homography, *improve_flow(pair.flow, a, b, pair.homography))
+
+
+def to_pair(homography, flow, texture):
+    """A homography, flow (H, W, 2) beyond it, texture (H, W) that the flow rests on -> Pair."""
     has_texture = texture > LEAST_TEXTURE
-    flow = flow * has_texture[..., None]
-    return Pair(pair.homography, flow, noise_of(flow, has_texture))
+    noise = noise_of(flow, has_texture)
+    return Pair(homography, fill_flow(flow, has_texture), noise, has_texture)
+
+
+def fill_flow(flow, has_texture):
+    """flow (H, W, 2), where it was measured (H, W) -> the same with means of the nearest in between.
+
+    A thing of one colour is seen to move at its corners alone. What is far from all texture stays still.
+    """
+    filled = flow * has_texture[..., None]
+    is_known = has_texture
+    for side in FILLS:
+        share = box_mean(has_texture, side)
+        mean = [box_mean(flow[..., axis] * has_texture, side) / share.clip(1e-6) for axis in (0, 1)]
+        is_new = ~is_known & (share > 0.02)
+        filled[is_new] = np.stack(mean, -1)[is_new]
+        is_known = is_known | is_new
+    return filled
 
 
 def join_steps(onwards, backwards, places, finish):
@@ -118,7 +140,7 @@ def join(first, second):
     end = np.add(move_points(second.homography, between_x, between_y), more)
     homography = scaled(second.homography @ first.homography)
     flow = np.stack(end - np.array(move_points(homography, x, y)), -1)
-    return Pair(homography, flow, np.hypot(first.noise, second.noise))
+    return Pair(homography, flow, np.hypot(first.noise, second.noise), first.has_texture)
 
 
 def noise_of(flow, has_texture):
@@ -187,6 +209,19 @@ def list_regions(mask, least=LEAST_PIXELS):
     return [numbers == found[i] for i in order if counts[i] >= least]
 
 
+def fill_inside(region):
+    """region (H, W) -> the same with what has it to the left and right, above and below.
+
+    Of a thing of one colour little more than the outline is seen to move.
+    """
+    inside = np.ones_like(region)
+    for axis in (0, 1):
+        before = np.logical_or.accumulate(region, axis)
+        after = np.flip(np.logical_or.accumulate(np.flip(region, axis), axis), axis)
+        inside &= before & after
+    return region | inside
+
+
 def overlap(a, b):
     """Intersection over union of two masks."""
     return (a & b).sum() / max((a | b).sum(), 1)
@@ -197,11 +232,15 @@ def widen(mask, side):
     return box_mean(mask, side) > 1e-6
 
 
-def find_moving(onwards, backwards):
-    """Pairs -> (T, H, W) bool: what moves towards each neighbour in time; specks and holes are closed."""
+def find_moving(onwards, backwards, measured=False):
+    """Pairs -> (T, H, W) bool: what moves towards each neighbour in time; specks and holes are closed.
+
+    measured: without what only lies near something that moves, on a bare surface.
+    """
     masks = []
     for t in range(len(onwards) + 1):
-        strengths = [pair.strength() for pair in (*onwards[t : t + 1], *backwards[max(t - 1, 0) : t])]
+        pairs = [*onwards[t : t + 1], *backwards[max(t - 1, 0) : t]]
+        strengths = [pair.strength(measured) for pair in pairs]
         moves = np.min(strengths, 0) > 1
         masks.append(box_mean(moves, 3) > 0.5)
     return np.stack(masks)
@@ -227,10 +266,12 @@ def follow(regions, onwards, backwards, start, region):
     return chain
 
 
-def follow_largest(onwards, backwards):
-    """Pairs -> masks (T, H, W) of the thing with most pixels over all its frames; empty if nothing moves."""
-    moving = find_moving(onwards, backwards)
-    regions = [list_regions(mask) for mask in moving]
+def follow_largest(moving, onwards, backwards):
+    """What moves (T, H, W), Pairs -> masks (T, H, W) of the thing with most pixels over all its frames.
+
+    Empty if nothing moves.
+    """
+    regions = [[fill_inside(region) for region in list_regions(mask)] for mask in moving]
     found = np.zeros_like(moving)
     most = 0
     for t in range(len(moving)):
@@ -278,17 +319,17 @@ def background_of(frames, to_first, t):
     return np.median(moved, 0)
 
 
-def find_changed(frames, to_first, numbers):
-    """frames (T, H, W, 3) -> (T, H, W) bool: what differs from the background, in the frames `numbers`."""
+def find_changed(frames, to_first):
+    """frames (T, H, W, 3) float -> (T, H, W) bool: what differs from the background."""
     changed = np.zeros(frames.shape[:3], bool)
-    for t in numbers:
-        difference = np.abs(frames[t] - background_of(frames, to_first, t)).max(-1)
+    for t, frame in enumerate(frames):
+        difference = np.abs(frame - background_of(frames, to_first, t)).max(-1)
         threshold = max(LEAST_CHANGE, 3 * np.median(difference))
         changed[t] = box_mean(difference, 3) > threshold
     return changed
 
 
-def sharpen(frames, found, moving, to_first):
+def sharpen(frames, found, moving, changed):
     """Rough masks (T, H, W) of one thing -> its outline, by what has changed and by its colours.
 
     The thing's colours are those of its changed pixels, the background's those of the ring around it. What
@@ -296,7 +337,6 @@ def sharpen(frames, found, moving, to_first):
     thing; a slow thing's middle, which has not changed, counts if its colour is the thing's.
     """
     visible = np.flatnonzero(found.any((1, 2)))
-    changed = find_changed(frames.astype(float), to_first, visible)
     ring = np.zeros_like(found)
     around = np.zeros_like(found)
     for t in visible:
@@ -305,7 +345,8 @@ def sharpen(frames, found, moving, to_first):
         around[t] = widen(found[t], GROWTH) & ~(moving[t] & ~widen(found[t], 5))
     certain = found & changed
     if certain.sum() < 0.35 * found.sum():
-        certain = found
+        # a slow thing is its own background: what is well inside of the rough mask is surely the thing
+        certain = np.stack([~widen(~mask, INSIDE) for mask in found])
     if not certain.any() or not ring.any():
         return found & False
 
@@ -315,7 +356,7 @@ def sharpen(frames, found, moving, to_first):
     outlines = np.zeros_like(found)
     for t in visible:
         likely = box_mean(log_ratio[numbers[t]], 5)
-        mask = changed[t] & around[t] & (likely > -0.5)
+        mask = changed[t] & around[t] & (likely > 0)
         mask |= widen(found[t], 5) & (likely > 0.7)
         regions = list_regions(box_mean(mask, 5) > 0.5)
         if regions:
@@ -323,11 +364,42 @@ def sharpen(frames, found, moving, to_first):
     return outlines
 
 
+def complete(moving, changed):
+    """What moves, what has changed (T, H, W) -> the connected regions of both in which enough moves."""
+    both = moving | changed
+    completed = np.zeros_like(moving)
+    for t, mask in enumerate(both):
+        for region in list_regions(mask):
+            if moving[t][region].mean() > LEAST_MOVING:
+                completed[t] |= region
+    return completed
+
+
+def touches_border(mask):
+    """Whether a mask (H, W) reaches the frame's rim, so that some of the thing may be outside."""
+    rims = mask[0].sum() + mask[-1].sum() + mask[:, 0].sum() + mask[:, -1].sum()
+    return rims > 0.15 * np.sqrt(mask.sum())
+
+
+def count_whole(masks):
+    """In how many of the frames a mask (T, H, W) shows a whole thing."""
+    return sum(mask.any() and not touches_border(mask) for mask in masks)
+
+
 def masks_of_one_thing(shot, onwards, backwards):
     """A Shot and its Pairs -> masks (T, H, W) of one moving thing, or none."""
     frames = shot.dense[shot.places]
-    found = follow_largest(onwards, backwards)
+    moving = find_moving(onwards, backwards)
+    found = follow_largest(moving, onwards, backwards)
     if found.any():
-        moving = find_moving(onwards, backwards)
-        found = sharpen(frames, found, moving, homographies_to_first(frames, onwards))
+        # Of a thing of one colour, or a slow one, more has changed than is seen to move.
+        changed = find_changed(frames.astype(float), homographies_to_first(frames, onwards))
+        completed = follow_largest(complete(moving, changed), onwards, backwards)
+        found = sharpen(frames, completed, moving, changed)
+        # Before a bare wall this may join things that pass; then what was measured itself says more.
+        measured = find_moving(onwards, backwards, measured=True)
+        alone = follow_largest(measured, onwards, backwards)
+        alone = sharpen(frames, alone, measured, changed)
+        if count_whole(alone) > count_whole(found):
+            found = alone
     return resize_masks(found, shot.frames.shape[1:3])

@@ -39,11 +39,12 @@ def measure_pair(a, b):
     x, y = pixel_grid(a.shape)
     points = np.stack([x, y], -1)[::SPACING, ::SPACING].reshape(-1, 2)
     targets = moved[::SPACING, ::SPACING].reshape(-1, 2)
+    everywhere = np.ones(a.shape, bool)  # its flow is smooth over bare surfaces
     homography, _ = cv2.findHomography(points, targets, cv2.USAC_MAGSAC, TOLERANCE)
     if homography is None:
-        return Pair(np.eye(3), 0 * moved, np.inf)
+        return Pair(np.eye(3), 0 * moved, np.inf, everywhere)
     flow = moved - np.stack(move_points(homography, x, y), -1)
-    return Pair(scaled(homography), flow, noise_of(flow, np.ones(a.shape, bool)))
+    return Pair(scaled(homography), flow, noise_of(flow, everywhere), everywhere)
 
 
 def masks_of_shot(shot):
