@@ -44,7 +44,7 @@ def weighted_terms(entry, names, weights, digits=4):
     """Parts of a loss or a reward as text: "1 x ce 0.1321 + 0.3 x sim 0.0210"."""
     parts = []
     for name in names:
-        weight = f"{weights[name]:g} x " if name in weights else ""
+        weight = f"{weights[name]:.3g} x " if name in weights else ""
         parts.append(f"{weight}{name} {entry[name]:.{digits}f}")
     return " + ".join(parts)
 

@@ -157,8 +157,7 @@ class DecordVideo:
             raise BadVideo(NOT_BY_DECORD)
         for start in range(0, len(indexes), PIECE):
             piece = [int(index) for index in indexes[start : start + PIECE]]
-            # While frames are used, an open reader decodes on, up to the end of the video, and keeps it all.
-            for index, frame in zip(piece, read_piece(open_decord(self.path), piece)):
+            for index, frame in zip(piece, read_piece(self.path, piece)):
                 yield index, Image.fromarray(frame)
 
 
@@ -208,12 +207,14 @@ def read_times(reader):
     return times
 
 
-def read_piece(reader, numbers):
-    """The frames of these numbers, (H, W, 3) uint8 each."""
-    try:
-        return list(reader.get_batch(numbers).asnumpy())
-    except Exception:  # of a padded width; of a damaged file the next line fails too
-        return [read_one(reader, number) for number in numbers]
+def read_piece(path, numbers):
+    """The frames of these numbers, (H, W, 3) uint8 each.
+
+    Each is asked for alone: with get_batch the last frame of an AVI was another one. An open reader would
+    decode on while frames are used, up to the end of the video, and keep it all; so it is closed here.
+    """
+    reader = open_decord(path)
+    return [read_one(reader, number) for number in numbers]
 
 
 def read_one(reader, number):
