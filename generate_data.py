@@ -105,7 +105,7 @@ SAMPLE_FPS = 4.0  # > 0, <= 1e3; frames a second of videos without indexes.txt (
 WINDOW = 8  # >= 4; frames of one clip of such a video; longer shots give several that overlap by half (ours)
 MAX_FRAMES = 50  # >= 4; annotated clips with more frames are skipped (release)
 CUT_CHANGE = 0.15  # 0 to 1; share of the colours that changes at a cut (ours)
-MIN_CONFIDENCE = 0.4  # 0 to 1; least score of an object row without poses and depth (ours)
+MIN_CONFIDENCE = 0.55  # 0 to 1; least score of an object row without poses and depth (ours)
 MAX_SIDE = 160  # >= 1; longer side of the stored frames, pixels (ours)
 MIN_MASK = 0.001  # 0 to 1; Eq. 2: least area of a mask, share of the frame (release)
 MAX_GROWTH = 4.0  # >= 1; Eq. 2: largest ratio between a mask's area and the median of its clip (ours)
