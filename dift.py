@@ -47,8 +47,8 @@ OUT = "out/dift"  # checkpoints, log, evaluation
 COT = "imagery"  # imagery, noimage or verbal: which chain of thought of a generated folder to learn (ours)
 TEST_ROWS = 1000  # >= 0; held-out rows scored at the end, at most; 0: no evaluation
 TEST_BATCH = 64  # >= 1; of them answered at once on one device
-MAX_PIXELS = None  # >= 1, whole; pixels of a frame; None: the checkpoint's own, or 256·28·28 (release)
-MIN_PIXELS = None  # >= 1, whole; None: the checkpoint's own, or 28·28 (release)
+MAX_PIXELS = None  # 1 to 1e8, whole; pixels of a frame; None: the checkpoint's own, or 256·28·28 (release)
+MIN_PIXELS = None  # 1 to 1e8, whole; None: the checkpoint's own, or 28·28 (release)
 SECONDS_PER_PAIR = None  # > 0, <= 1e6; None: real time; 1.0: as the release trains, 2.0: as it evaluates
 SUFFIX = ""  # instruction after the question; "": the checkpoint's own; @file reads one
 # --- model
@@ -57,7 +57,7 @@ POOLING = "grid"  # grid (ours) or strips (paper): how overlay tokens become K l
 MATCH_NORM = True  # at inference, hidden states are fed back with the mean norm of the last targets (ours)
 # --- optimisation
 STEPS = 5000  # >= 0; optimiser steps
-GLOBAL_BATCH = 4  # >= 1; rows of one step over all devices (release: 8)
+GLOBAL_BATCH = 4  # 1 to 1e6; rows of one step over all devices (release: 8)
 MICRO_BATCH = 4  # >= 1; rows of one forward pass on one device; accumulation follows from it
 LR = 2e-3  # > 0, <= 100; peak learning rate (release: 1e-5 for the 3B model)
 WARMUP = 100  # >= 0; steps of linear warm-up, then linear decay to zero (release: 10)

@@ -63,14 +63,14 @@ OUT = ""  # "": a folder in MODEL's: eval or the benchmark's name, and a suffix 
 CACHE = "out/frames"  # folder for the frames of decoded videos; may be deleted
 # --- data
 BENCH = "toy"  # toy, or a benchmark of lib/benchmarks.py: dsr, dyn, vlm4d or dsi
-FPS = 1.0  # > 0, <= 1e3; frames a second of a video (release); DSI-Bench's authors take 5
+FPS = 1.0  # 1e-6 to 1e3; frames a second of a video (release); DSI-Bench's authors take 5
 MAX_FRAMES = 50  # >= 1; of a video, evenly spaced where there are more (release)
 TIMES_IN_PROMPT = False  # True: the seconds of the frames stand before the question (ours)
 LIMIT = 0  # >= 0; questions, the first so many of the file; 0: all
 VIDEO = ""  # "" | none | other (another clip's frames) | shuffled (frames in another order) (ours)
 # --- model
 LATENTS = ""  # "" | zero | noise | pad | swap (another question's) | oracle (true): what is fed (ours)
-MAX_NEW = 512  # >= 1; new positions of an answer at most, latents included
+MAX_NEW = 512  # 1 to 1e6; new positions of an answer at most, latents included
 TEMPERATURE = 0.0  # 0 or 0.01 to 100; 0: greedy; 0.7 (release)
 TOP_P = 1.0  # > 0, <= 1; share of the probability that is sampled from; 0.9 (release)
 SECONDS_PER_PAIR = None  # > 0, <= 1e6; None: the checkpoint's own; 2.0: as the release evaluates

@@ -65,10 +65,10 @@ QUESTIONS = ""  # 4DRL rows of the release (jsonl) or DSR-Train's (json, parquet
 VIDEOS = ""  # folder of mp4 files, searched through all its folders, or SpatialVID's own
 # data
 SOURCE = "toy"  # "toy" | "spatialvid" | "videos" | "questions"
-TRAIN_CLIPS = 8000  # >= 0; clips of train_*.jsonl (ours)
-TEST_CLIPS = 500  # >= 0; clips of test_*.jsonl, never seen in training (ours)
-RL_TRAIN_CLIPS = 3000  # >= 0; clips of rl_train.jsonl (ours)
-RL_TEST_CLIPS = 250  # >= 0; clips of rl_test.jsonl (ours)
+TRAIN_CLIPS = 8000  # 0 to 1e7; clips of train_*.jsonl (ours)
+TEST_CLIPS = 500  # 0 to 1e7; clips of test_*.jsonl, never seen in training (ours)
+RL_TRAIN_CLIPS = 3000  # 0 to 1e7; clips of rl_train.jsonl (ours)
+RL_TEST_CLIPS = 250  # 0 to 1e7; clips of rl_test.jsonl (ours)
 P_OBJECT_CLIP = 0.6  # 0 to 1; share of clips asked about objects (rl: both), others about the camera (ours)
 P_CAMERA = (0.45, 0.35, 0.20)  # 0 to 1, sum 1; camera clips: one movement, two at once, two segments (ours)
 P_OBJECT = (0.2, 0.3)  # 0 to 1; object clips: the camera moves too; two moving objects (ours)
@@ -101,7 +101,7 @@ MODEL = ""  # the endpoint's model
 ASKS = 3  # >= 1; replies to one question before it is given up, if they are malformed or not valid (ours)
 WAITS = (0, 2, 6, 14, 30, 62)  # 0 to 86400, any length; seconds before attempts at a silent server (ours)
 TIMEOUT = 120.0  # > 0, <= 86400; seconds that one request may take, reply included (ours)
-SAMPLE_FPS = 4.0  # > 0, <= 1e3; frames a second of videos without indexes.txt (ours; paper: 1)
+SAMPLE_FPS = 4.0  # 1e-6 to 1e3; frames a second of videos without indexes.txt (ours; paper: 1)
 WINDOW = 8  # >= 4; frames of one clip of such a video; longer shots give several that overlap by half (ours)
 MAX_FRAMES = 50  # >= 4; annotated clips with more frames are skipped (release)
 CUT_CHANGE = 0.15  # 0 to 1; share of the colours that changes at a cut (ours)
@@ -116,7 +116,7 @@ HELD_OUT = 0.25  # 0 to 1; share of the scenes that go to test_*.jsonl (ours)
 ALPHA = 0.6  # 0 to 1; Eq. 1 (ours: the toy's frames are small; release: 0.4)
 OVERLAY_COLOUR = (255, 0, 0)  # 0 to 255; Eq. 1, RGB (release)
 # logging
-INSPECT = None  # >= 0; rows drawn into OUT/inspect.png; None: 8 of real footage, 0 of the toy (ours)
+INSPECT = None  # >= 0, whole; rows drawn into OUT/inspect.png; None: 8 of real footage, 0 of the toy (ours)
 # system
 SEED = 0  # >= 0; every clip's generator is a function of (SEED, split, number)
 WORKERS = os.cpu_count()  # 1 to 1000; processes; the files do not depend on it

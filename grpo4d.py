@@ -54,7 +54,7 @@ SINGLES = "out/toy/test_imagery.jsonl"  # single-motion questions, scored before
 OUT = "out/grpo4d"  # checkpoints, log, scores
 CACHE = "out/frames"  # folder for the frames of decoded videos; may be deleted
 # --- data
-FPS = 1.0  # > 0, <= 1e3; frames a second of rows that name only a video (release)
+FPS = 1.0  # 1e-6 to 1e3; frames a second of rows that name only a video (release)
 MAX_FRAMES = 50  # >= 1; of such a video, evenly spaced where there are more (release)
 HOLDOUT_ROWS = 500  # >= 0; rows of HOLDOUT and of SINGLES that are scored, at most; 0: no scores
 TEST_BATCH = 64  # >= 1; of them answered at once on one device
@@ -63,7 +63,7 @@ LATENT_REPLAY = True  # False feeds pad embeddings at latent positions, as the r
 PREFIX = "shared"  # shared: a prompt is read once for its G answers | rows: once for each, the same numbers
 # --- optimisation
 STEPS = 60  # >= 0; rounds of sampling and updating
-GLOBAL_BATCH = 48  # >= 1; questions of one step over all devices, with G answers each
+GLOBAL_BATCH = 48  # 1 to 1e6; questions of one step over all devices, with G answers each
 MICRO_BATCH = 4  # >= 1; questions of one forward pass of the update on one device
 MU = 1  # >= 1; updates on the same answers; beyond 1 the ratio leaves 1 and is clipped
 LR = 2.5e-4  # > 0, <= 100; peak learning rate (release: 1e-6 for the 3B model)
@@ -71,9 +71,9 @@ WARMUP = 10  # >= 0; steps of linear warm-up, then linear decay to zero (ours)
 WEIGHT_DECAY = 0.0  # 0 to 1e3; (ours)
 CLIP = 1.0  # > 0; largest norm of the gradient (release)
 # --- RL
-G = 8  # >= 2; answers to a question, as an advantage is relative to others (release)
+G = 8  # 2 to 1e4; answers to a question, as an advantage is relative to others (release)
 ROLLOUT_BATCH = 8  # >= 1; questions answered together on one device
-MAX_NEW = 256  # >= 1; positions of an answer at most, latents included (release: 1024)
+MAX_NEW = 256  # 1 to 1e6; positions of an answer at most, latents included (release: 1024)
 TEMPERATURE = 1.0  # 0.01 to 100; of the sampler and of the loss (release)
 EPSILON = 0.2  # 0 to 1; the ratio is clipped to 1 - ε … 1 + ε (release)
 BETA = 0.04  # >= 0; β, weight of the KL term (release: 0.01)

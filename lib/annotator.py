@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -86,7 +87,7 @@ class Annotator:
         The key, OPENAI_API_KEY, goes nowhere but into the header.
         """
         begun = time.time()
-        key = os.getenv("OPENAI_API_KEY", "")
+        key = os.getenv("OPENAI_API_KEY", "").strip()  # a file's line break is no part of it
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         request = Request(url, json.dumps(body).encode(), headers)
@@ -94,9 +95,8 @@ class Annotator:
             time.sleep(wait)
             try:
                 reply = json.loads(fetch(request, self.timeout))
-                usage = reply.get("usage") or {}
-                timings.update(requests=1, tokens=int(usage.get("total_tokens") or 0))
                 text = str(reply["choices"][0]["message"]["content"])
+                timings.update(requests=1, tokens=count_tokens(reply))
                 add_timing("requests", 0, begun)  # the request is counted above, whatever its reply holds
                 return text
             except Exception as error:  # of the network, of HTTP or of the reply's form
@@ -108,15 +108,28 @@ class Annotator:
         sys.exit(f"{failed}; nothing that was paid for is lost, start again.")
 
 
+def count_tokens(reply):
+    """The tokens that a reply says it took; 0 where it does not, for a reply that was paid for is used."""
+    usage = reply.get("usage")
+    total = usage.get("total_tokens") if isinstance(usage, dict) else 0
+    return total if type(total) is int else 0
+
+
 def require_url(url):
-    """Ends the program unless BASE_URL is a web address."""
+    """Ends the program unless BASE_URL is a web address, and the key one that can be sent."""
     try:
         parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
+        is_host = re.fullmatch(r"[\w-]+(\.[\w-]+)*\.?|[\da-f:.]+", parts.hostname or "")
+        # reading the port checks it
+        is_address = parts.scheme in ("http", "https") and is_host and parts.port != 0
+        is_address = is_address and re.fullmatch("[!-~]*", url)
     except ValueError:
         is_address = False
     advice = "it is an address such as https://api.openai.com/v1"
     require(is_address, f"BASE_URL={quote(url)} does not begin with https:// and a host; {advice}.")
+    key = os.getenv("OPENAI_API_KEY", "").strip()
+    is_printable = re.fullmatch("[!-~]*", key)
+    require(is_printable, "OPENAI_API_KEY holds signs that no key has; set it again, without spaces.")
 
 
 class RefuseRedirects(HTTPRedirectHandler):

@@ -253,6 +253,8 @@ def entry_to_row(bench, raw, path, source, number):
     need(in_order, f"a question has 2 to 6 options, this one has {quote(raw['options'])!r}")
     is_text = not NO_TEXT.search("".join(options.values()))
     need(is_text, "an option holds a NUL or half of a character")
+    mislabelled = [text for letter, text in options.items() if find_label(text, letter)]
+    need(not mislabelled, f"the letters of its options are not in order: {quote(raw['options'])}")
     key = find_keys(raw["answer"], options)
     shown = f"'{quote(raw['answer'])}' is none of the options {quote(options)}"
     need(key, f"the answer {shown}")
@@ -302,11 +304,17 @@ def parse_options(value):
     pairs = value.items() if isinstance(value, dict) else zip(LETTERS + "G", value)
     options = {}
     for letter, text in pairs:
-        if text is not None:  # an empty field of parquet
+        if text is not None and text == text:  # an empty field of parquet is None or NaN
             if not isinstance(letter, str) or type(text) not in (str, int, float):
                 return {}
             options[str(letter)] = re.sub(rf"^\(?{letter}[.):]\s+", "", str(text))
     return options
+
+
+def find_label(text, letter):
+    """The letter of another option that an option's text begins with, or "": "B. up" as option A -> "B"."""
+    label = re.match(r"\(?([A-F])[.)]\s", text)
+    return label[1] if label and label[1] != letter else ""
 
 
 def find_keys(answer, options):

@@ -13,11 +13,19 @@ from safetensors.torch import load_file
 from transformers import AddedToken, AutoTokenizer
 from transformers import Qwen2_5_VLForConditionalGeneration as QwenVL
 
-from lib.command_line import require
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLVisionConfig,
+)
+
+from lib.command_line import LARGEST, require
 from lib.files import read_json
+from lib.rows import NO_TEXT
 
 EXTRA = "extra.safetensors"  # weights that a Thinker was given beside those of the Qwen2.5-VL
 MOMENTS = "optimizer.safetensors"
+MOST_LATENTS = 4096  # per image, as K of dift.py
+IMAGERIES = ("latents", "markers", "pause")  # as IMAGERY of dift.py
 LFS = b"version https://git-lfs"  # begins a file that git has not fetched yet
 PREFIXES = {  # names of weights begin so after these were saved as they were
     "module.": "DistributedDataParallel",
@@ -179,8 +187,11 @@ def check_sizes(path, config, names):
         "depth": (parts["vision_config"], count_blocks(names, r"visual\.blocks\.(\d+)\.")),
     }
     for name, (part, stored) in sizes.items():
-        value = part.get(name, stored)
-        differs = f"{path}/config.json says {name}={repr(value)[:40]}, but the weights have {stored}"
+        # for a size that is not there the library takes one of its own, of a network of 72 billion weights
+        libraries = Qwen2_5_VLVisionConfig() if name == "depth" else Qwen2_5_VLTextConfig()
+        says = f"says {name}={repr(part[name])[:40]}" if name in part else f"does not say {name}"
+        differs = f"{path}/config.json {says}, but the weights have {stored}"
+        value = part.get(name, getattr(libraries, name))
         require(value == stored, f"{differs}; {remedy_for(path)}.")
 
 
@@ -224,7 +235,24 @@ def load_network(path):
     check_rope(path, qwen.config.text_config)
     for name, x in qwen.named_parameters():
         require(x.isfinite().all(), f"{path}: weights {name} hold NaN or infinity; {remedy}.")
+    check_output(path, qwen)
     return qwen
+
+
+@torch.no_grad()
+def check_output(path, qwen):
+    """Ends the program unless the network gives finite numbers for two tokens.
+
+    Weights that are too large are found here: a NaN would be read as the first token of the vocabulary.
+    """
+    try:
+        hidden = qwen.model.language_model(torch.tensor([[0, 1]]), use_cache=False).last_hidden_state
+        is_finite = bool(qwen.lm_head(hidden).isfinite().all())
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        reason = f"config.json describes a network that cannot run ({first_line(error)})"
+        require(False, f"{path}: {reason}; {remedy_for(path)}.")
+    broken = f"{path}: the network's output is NaN or infinite, so weights or config.json are damaged"
+    require(is_finite, f"{broken}; {remedy_for(path)}.")
 
 
 def check_head(path, qwen, names):
@@ -254,6 +282,11 @@ def check_rope(path, text):
     is_right = is_section and len(section) == 3 and 2 * sum(section) == head
     wrong = f"{path}/config.json: mrope_section is {str(section)[:40]}, but must be three sizes"
     require(is_right, f"{wrong} that add up to {head // 2}; {remedy_for(path)}.")
+    numbers = {"rope_theta": rope.get("rope_theta"), "rms_norm_eps": text.rms_norm_eps}
+    for name, value in numbers.items():
+        is_right = type(value) in (int, float) and 0 < value <= LARGEST
+        wrong = f"{path}/config.json: {name} is {str(value)[:40]}, but must be a number above 0"
+        require(is_right, f"{wrong}; {remedy_for(path)}.")
 
 
 def load_tokenizer(path, new_tokens):
@@ -286,11 +319,18 @@ def check_settings(path, config):
     def whole(value):
         return type(value) is int and value >= 0
 
+    def latents(value):
+        return whole(value) and value <= MOST_LATENTS
+
+    def is_text(value):
+        return isinstance(value, str) and not NO_TEXT.search(value)
+
     def number(value):
         return type(value) in (int, float) and math.isfinite(value) and value > 0
 
     rules = {
-        "latent_size": (whole, "a whole number, 0 or more"),
+        "latent_size": (latents, f"a whole number, 0 to {MOST_LATENTS}"),
+        "imagery": (lambda value: value in IMAGERIES, " or ".join(IMAGERIES)),
         "latent_token_id": (whole, "the number of a token"),
         "latent_start_id": (whole, "the number of a token"),
         "latent_end_id": (whole, "the number of a token"),
@@ -298,7 +338,7 @@ def check_settings(path, config):
         "max_pixels": (number, "a number above 0"),
         "seconds_per_pair": (number, "a number above 0"),
         "latent_norm": (number, "a number above 0"),
-        "prompt_suffix": (lambda value: isinstance(value, str), "text"),
+        "prompt_suffix": (is_text, "text without NUL or half of a character"),
     }
     for name, (is_right, description) in rules.items():
         value = getattr(config, name, None)

@@ -36,7 +36,10 @@ def read_image(path, background=(255, 255, 255)):
             turn = TURNS.get(read_orientation(image))
             image = image if turn is None else image.transpose(turn)
             if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+                numbers = np.asarray(image)
+                # what is not 0 stays so: a mask of the numbers 0 and 1 is not an empty one
+                grey = np.maximum(numbers // 257, numbers > 0)
+                image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 behind = Image.new("RGBA", image.size, (*background, 255))
@@ -60,6 +63,8 @@ def open_header(path):
         raise BadImage(f"{path} is an image without pixels")
     if image.mode == "F":
         raise BadImage(f"{path} holds floating-point numbers, which have no one look")
+    if image.mode == "I" and image.format == "TIFF":
+        raise BadImage(f"{path} holds numbers of 32 bits, which have no one look")
     return image
 
 

@@ -24,7 +24,9 @@ def question_rows(c, jobs):
     for number, entry in enumerate(read_table(Path(c.QUESTIONS)), 1):
         row = to_4drl_row(entry)
         flaw = lib.rows.find_flaw(row)
-        require(not flaw, f"{c.QUESTIONS}: question {number} lacks its text or its right option: {flaw}.")
+        require(not flaw, f"{c.QUESTIONS}: question {number} cannot be asked: {flaw}.")
+        for name in ("Question", *lib.rows.options_of(row)):
+            lib.rows.require_text(str(row[name]), name, f"{c.QUESTIONS}: question {number}")
         is_named = isinstance(row.get("video_path"), str) and row["video_path"]
         require(is_named, f"{c.QUESTIONS}: question {number} lacks its video's name.")
 
@@ -51,5 +53,6 @@ def to_4drl_row(entry):
     row = {vocabulary.DSR_TRAIN_FIELDS.get(name, name): value for name, value in entry.items()}
     options = row.pop("options", None)
     if isinstance(options, (list, tuple)):
-        row.update(zip(lib.rows.LETTERS, options))
+        # a seventh option is noticed by find_flaw
+        row.update(zip(lib.rows.LETTERS + "GH", options))
     return row

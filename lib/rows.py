@@ -124,7 +124,12 @@ def to_row(raw, source, folder):
     clip = Path(raw["image_input"][0]).parent.parent.name if frames else Path(video).stem
     answer = re.search(r"<answer>\s*([A-F])\b", text)
     options = read_options(question)
+    twice = find_twofold_option(question)
+    require(not twice, f"{source}: there are two options {twice}, which differ; correct or drop the row.")
     key = raw.get("key") or (answer.group(1) if answer else None)
+    said = answer.group(1) if answer else key
+    differs = f"the key is {quote(str(key))}, but text_output answers {said}"
+    require(key == said, f"{source}: {differs}; correct or drop the row.")
     is_option = key is None or not raw.get("key") or not options or key in options
     shown = f"'{quote(str(key))}' is none of the options {', '.join(options)}"
     require(is_option, f"{source}: the key {shown}; correct or drop the row.")
@@ -151,6 +156,15 @@ def to_row(raw, source, folder):
 def read_options(question):
     """The options in a question's text -> {"A": "left", ...}."""
     return {bare or bracketed: text for bare, bracketed, text in OPTION.findall(question)}
+
+
+def find_twofold_option(question):
+    """The letter that two different options in a question's text have, or ""."""
+    options = read_options(question)
+    for bare, bracketed, text in OPTION.findall(question):
+        if options[bare or bracketed] != text:
+            return bare or bracketed
+    return ""
 
 
 def require_text(text, name, source):
@@ -249,6 +263,8 @@ def find_flaw(raw):
             return f"the option {letter} must be a text, got {quote(option)}"
         if option not in (None, "") and letter not in LETTERS:
             return f"there is an option {letter}, but options go from A to {LETTERS[-1]}; drop the row"
+        if option != option:
+            return f"the option {letter} is NaN; drop the row"
     letters = options_of(raw)
     key = raw.get("Correct")
     if not isinstance(key, str) or key not in letters:

@@ -5,7 +5,8 @@ import json
 from importlib import import_module
 from importlib.util import find_spec
 
-from lib.command_line import exit_with, quote
+from lib.command_line import exit_with, quote, require
+from lib.files import parse_json
 
 
 def read_table(path):
@@ -30,11 +31,11 @@ def parse_table(path):
         return import_module("pyarrow.parquet").read_table(path).to_pylist()
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
-            return list(csv.DictReader(file))
+            return list(csv.DictReader(file, strict=True))
         if path.suffix == ".tsv":
-            return list(csv.DictReader(file, delimiter="\t"))
+            return list(csv.DictReader(file, delimiter="\t", strict=True))
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in file if line.strip()]
+            return parse_lines(path, file)
         entries = json.load(file)
 
     if not isinstance(entries, dict):
@@ -43,3 +44,14 @@ def parse_table(path):
         # DSR-Train: a dict of videos, each with a list of its questions
         return [{"videoID": name, **entry} for name, questions in entries.items() for entry in questions]
     return list(entries.values())
+
+
+def parse_lines(path, file):
+    """A jsonl file's entries; exits with the number of the first line that is no JSON."""
+    entries = []
+    for number, line in enumerate(file, 1):
+        value, wrong = parse_json(line) if line.strip() else (None, "")
+        require(not wrong, f"{path}:{number} is not valid JSON ({quote(wrong)}); correct or delete the line.")
+        if line.strip():
+            entries.append(value)
+    return entries

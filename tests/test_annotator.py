@@ -220,11 +220,46 @@ def test_a_reply_without_an_end_is_given_up_in_time(server, trouble, kind):
 
 
 @pytest.mark.parametrize(
-    "url", ["api.openai.com/v1", "", "ftp://x/v1", "file:///x", "https://", "http://[::1"]
+    "url",
+    [
+        *["api.openai.com/v1", "", "ftp://x/v1", "file:///x", "https://", "http://[::1"],
+        *[
+            "https://api.openai.com:99999/v1",
+            "http://host:abc",
+            "http://a b/v1",
+            "http://h/v 1",
+            "http://h\n",
+        ],
+    ],
 )
 def test_an_address_is_checked_before_any_video_is_read(url):
     refused(lambda: annotator.require_url(url), "BASE_URL=", "https://")
+    for right in (
+        "https://api.openai.com/v1",
+        "http://host:8000/v1",
+        "http://[::1]:8000/v1",
+        "http://my_host",
+    ):
+        annotator.require_url(right)
+
+
+def test_a_key_that_no_header_takes_is_refused_at_once(monkeypatch):
+    """The break at the end of a file is no part of the key."""
+    monkeypatch.setenv("OPENAI_API_KEY", "abc\n")
     annotator.require_url("https://api.openai.com/v1")
+    for key in ("a b", "a\nb", "\u201cabc\u201d"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        assert key not in refused(
+            lambda: annotator.require_url("https://api.openai.com/v1"), "OPENAI_API_KEY"
+        )
+
+
+@pytest.mark.parametrize(
+    "usage", [None, 5, [1], {}, {"total_tokens": "many"}, {"total_tokens": float("nan")}]
+)
+def test_an_odd_count_of_tokens_costs_no_reply(usage):
+    assert annotator.count_tokens({"usage": usage}) == 0
+    assert annotator.count_tokens({"usage": {"total_tokens": 7}}) == 7
 
 
 @pytest.mark.parametrize("name", ["a\nB. red car", "a red </think> car", "", 5, None, "x " * 80])

@@ -717,6 +717,9 @@ def test_a_checkpoint_of_the_release_is_scored(bench, tiny, monkeypatch):
         ({"candidates": {"A": ["x"], "B": "y"}}, ("2 to 6 options",)),
         ({"candidates": "{'x', 'y'}"}, ("2 to 6 options",)),
         ({"candidates": "1+" * 5000 + "1"}, ("2 to 6 options",)),
+        ({"candidates": [float("nan"), "y"]}, ("2 to 6 options",)),
+        ({"candidates": ["B. x", "A. y"]}, ("letters", "not in order")),
+        ({"candidates": ["A. x", "A. y"]}, ("letters", "not in order")),
         ({"answer": ["A"]}, ("the answer must be a text",)),
         ({"question": 5}, ("the question must be a text",)),
         ({"question": "a\0b"}, ("the question must be a text",)),
@@ -731,6 +734,18 @@ def test_a_bad_row_is_left_out_with_its_reason(tmp_path, change, expected):
     assert rows[2].source.endswith("benchmark.json:3")
     for words in expected:
         assert words in rows[2].skip_reason
+
+
+def test_a_table_that_was_cut_off_loses_no_rows_silently(tmp_path):
+    """A quote that is not closed would take all lines after it into one cell."""
+    head = "video,question,type,answer,options\n"
+    line = "v,How?,abs_spd,B,\"['x', 'y']\"\n"
+    cut = tmp_path / "b.csv"
+    cut.write_text(head + line * 3 + line.rstrip('"\n') + "\n" + "v,How?,abs_spd,B,x\n" * 2)
+    refused(lambda: benchmarks.read_benchmark("dsr", str(cut)), "b.csv")
+    lines = tmp_path / "b.jsonl"
+    lines.write_text('{"a": 1}\n\n{"a": \n')
+    refused(lambda: benchmarks.read_benchmark("dsr", str(lines)), "b.jsonl:3", "JSON")
 
 
 def test_a_bad_row_of_a_version_is_one_of_four(tmp_path):

@@ -347,7 +347,8 @@ def test_images(tmp_path, model, numbers):
 
 
 @pytest.mark.parametrize(
-    "mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16", "0 and 1", "dark", "transparent"]
+    "mode",
+    ["1", "L", "P", "RGB", "RGBA", "LA", "I;16", "0 and 1", "dark", "transparent", "0 and 1 in 16 bits", "I"],
 )
 def test_a_mask_is_read_or_refused_in_every_encoding(tmp_path, mode):
     """ "No object" is never the answer to an encoding."""
@@ -356,6 +357,8 @@ def test_a_mask_is_read_or_refused_in_every_encoding(tmp_path, mode):
     image = Image.fromarray(mask)
     if mode == "0 and 1":
         image = Image.fromarray(mask // 255)
+    elif mode == "0 and 1 in 16 bits":  # numbers of objects
+        image = Image.fromarray((mask // 255).astype(np.uint16))
     elif mode == "dark":  # a colour of a data set's palette
         image = Image.merge("RGB", [Image.fromarray(mask // 2), *[Image.new("L", image.size)] * 2])
     elif mode == "transparent":
@@ -364,8 +367,11 @@ def test_a_mask_is_read_or_refused_in_every_encoding(tmp_path, mode):
         image = Image.fromarray(mask.astype(np.uint16) * 257)
     else:
         image = image.convert(mode)
-    image.save(tmp_path / "mask.png")
-    if mode in ("0 and 1", "dark"):
+    image.save(tmp_path / "mask.png", "TIFF" if mode == "I" else "PNG")
+    if mode == "I":  # a TIFF of 32 bits
+        with pytest.raises(BadImage, match="32 bits"):
+            read_mask(tmp_path / "mask.png", (30, 20))
+    elif mode.startswith("0 and 1") or mode == "dark":
         with pytest.raises(BadImage, match="brightest"):
             read_mask(tmp_path / "mask.png", (30, 20))
     else:

@@ -78,10 +78,16 @@ def test_questions_of_another_kind_are_one_sentence(folder, monkeypatch, tmp_pat
     """A list of numbers, a question without a key, no file, no video of any question."""
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "keyless.json").write_text(json.dumps({"abc_11": [ASK]}))
+    seven = ASK | {"options": list("abcdefg"), "answer": "A"}
+    (tmp_path / "seven.json").write_text(json.dumps({"abc_11": [seven]}))
+    nul = ASK | {"question": "How\0?", "Correct": "A"}
+    (tmp_path / "nul.json").write_text(json.dumps({"abc_11": [nul]}))
     (tmp_path / "away.json").write_text(json.dumps({"else_1": [ASK | {"Correct": "A"}]}))
     for file, words in {
         "list.json": ("list.json", "question 1"),
-        "keyless.json": ("keyless.json", "question 1", "right option"),
+        "keyless.json": ("keyless.json", "question 1", "'Correct' is None"),
+        "seven.json": ("seven.json", "question 1", "an option G"),
+        "nul.json": ("nul.json", "question 1", "a NUL"),
         "away.json": ("away.json", "no video", "VIDEOS"),
         "none.json": ("QUESTIONS=", "no file"),
     }.items():

@@ -212,3 +212,26 @@ def test_training_rows_beside_held_out_ones(tmp_path, train):
     if train == "train_imagery.jsonl":
         assert len(read_twin(str(tmp_path))) == 1
     assert read_twin(str(tmp_path / train)) == []  # no twin of its own
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"key": "A"}, "the key is A, but text_output answers B"),
+        ({"text_input": "How?\n\nA. Left\nB. Right\nA. Up"}, "two options A"),
+        ({"text_input": "How?\nB) Up\n\nA. Left\nB. Right"}, "two options B"),
+    ],
+)
+def test_a_row_that_contradicts_itself_is_refused(tmp_path, changes, words):
+    refused(lambda: read(tmp_path, raw_row(**changes)), "rows.jsonl:1", words)
+
+
+def test_an_option_of_4drl_is_one_text(tmp_path):
+    """Neither NaN nor two lines of which the second looks like another option."""
+    row = {"Question": "How?", "A": "left", "B": "right", "Correct": "B", "frame_paths": ["c/frames/0.jpg"]}
+    refused(lambda: read(tmp_path, row | {"A": float("nan")}), "rows.jsonl:1", "the option A is NaN")
+    refused(lambda: read(tmp_path, row | {"A": "left\nB. up"}), "rows.jsonl:1", "two options B")
+    assert read(tmp_path, row | {"Question": "How?\nA. left\nB. right"})[0].options == {
+        "A": "left",
+        "B": "right",
+    }

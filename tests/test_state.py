@@ -505,8 +505,21 @@ def split(index):
     return change
 
 
+def overflow(tensors):
+    """Finite weights whose products are not."""
+    return {name: x.fill_(3e38) if "down_proj" in name else x for name, x in tensors.items()}
+
+
+def without_sizes(folder):
+    """The library would make a network of 72 billion weights."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["text_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 SHARDS = '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n"
+ROPE = {"mrope_section": [2, 3, 3], "rope_type": "default"}  # of tests/helpers.py
 BROKEN = {
     "config torn": (replace_bytes("config.json", lambda data: data[:300]), "config.json is damaged"),
     "config empty": (replace_bytes("config.json", lambda data: b""), "config.json is damaged"),
@@ -529,6 +542,14 @@ BROKEN = {
     "patches": (change_config("vision_config", patch_size=14), "another shape"),
     "heads": (change_config("text_config", num_attention_heads=0), "do not fit this network"),
     "no rope": (change_config("text_config", rope_parameters=None), "mrope_section"),
+    "default sizes": (without_sizes, "does not say vocab_size"),
+    "rope": (change_config("text_config", rope_parameters=ROPE | {"rope_theta": math.nan}), "rope_theta"),
+    "epsilon": (change_config("text_config", rms_norm_eps=-10.0), "rms_norm_eps"),
+    "sliding": (change_config("text_config", layer_types=["sliding_attention"] * 2), "cannot run"),
+    "huge": (change_tensors(overflow), "output is NaN or infinite"),
+    "too many latents": (change_config(latent_size=10**9), "latent_size", "4096"),
+    "imagery": (change_config(imagery="foo"), "imagery"),
+    "half a character": (change_config(prompt_suffix="\ud800"), "prompt_suffix"),
     "unused": (change_tensors(lambda t: {**t, "foo.bar": torch.zeros(3)}), "no place for", "foo.bar"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
     "tokenizer cut": (replace_bytes("tokenizer.json", lambda data: data[:999]), "tokenizer cannot be read"),

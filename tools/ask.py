@@ -25,13 +25,13 @@ CACHE = "out/frames"  # folder for the frames of decoded videos; may be deleted
 # --- data
 QUESTION = "How does the camera move?"  # in your words
 OPTIONS = ""  # "left|right", 2 to 6 of them; "": an open question
-FPS = 1.0  # > 0, <= 1e3; frames a second of a video (release)
+FPS = 1.0  # 1e-6 to 1e3; frames a second of a video (release)
 MAX_FRAMES = 50  # >= 1; of a video, evenly spaced where there are more (release)
 TIMES_IN_PROMPT = False  # True: the seconds of the frames stand before the question (ours)
 VIDEO = ""  # "" | none | shuffled (frames in another order) (ours)
 # --- model
 LATENTS = ""  # "" | zero | noise | pad: what is fed in latent blocks (ours)
-MAX_NEW = 512  # >= 1; new positions of an answer at most, latents included
+MAX_NEW = 512  # 1 to 1e6; new positions of an answer at most, latents included
 TEMPERATURE = 0.0  # 0 or 0.01 to 100; 0: greedy; 0.7 (release)
 TOP_P = 1.0  # > 0, <= 1; share of the probability that is sampled from; 0.9 (release)
 SECONDS_PER_PAIR = None  # > 0, <= 1e6; None: the checkpoint's own; 2.0: as the release evaluates
