@@ -124,7 +124,8 @@ def to_row(raw, source, folder):
     clip = Path(raw["image_input"][0]).parent.parent.name if frames else Path(video).stem
     answer = re.search(r"<answer>\s*([A-F])\b", text)
     options = read_options(question)
-    twice = find_twofold_option(question)
+    # a text about no video may hold several lists of options, as rows for the making of the base do
+    twice = find_twofold_option(question) if frames or video else ""
     require(not twice, f"{source}: there are two options {twice}, which differ; correct or drop the row.")
     key = raw.get("key") or (answer.group(1) if answer else None)
     said = answer.group(1) if answer else key
