@@ -1,7 +1,7 @@
 """Videos, overlays, questions and chains of thought (paper Sec. 3.1): a toy 3-D world, or real footage.
 
 In:  nothing (SOURCE="toy"), or VIDEOS: a folder in SpatialVID's layout (SOURCE="spatialvid") or any folder
-     of mp4 files (SOURCE="videos", "questions"); docs/data.md says which files are read
+     of videos (SOURCE="videos", "questions"); docs/data.md says which files are read
 Out: OUT/{train,test}_{imagery,noimage,verbal}.jsonl  questions on disjoint clips, one chain of thought a file
      OUT/rl_{train,test}.jsonl    questions for 4DRL: compound ones of the toy, or those of QUESTIONS
      OUT/processed_data/<clip>/   frames/, masked_static_overlays/, masked_dynamic_overlays/ and rows.json
@@ -9,7 +9,7 @@ Out: OUT/{train,test}_{imagery,noimage,verbal}.jsonl  questions on disjoint clip
 
     python generate_data.py                                                   # laptop: the toy world
     python generate_data.py TRAIN_CLIPS=64000 SIZE=84 OUT=out/big             # more, for a GPU run
-    python generate_data.py SOURCE=videos VIDEOS=clips OUT=out/own            # any mp4 files, no masks needed
+    python generate_data.py SOURCE=videos VIDEOS=clips OUT=out/own            # any videos, no masks needed
     python generate_data.py SOURCE=spatialvid SEGMENTER=files MAX_SIDE=640 VIDEOS=SpatialVID OUT=out/real
     python generate_data.py SOURCE=spatialvid SEGMENTER=sam3 ANNOTATOR=api MODEL=gpt-4.1 WORKERS=1 \\
         MAX_SIDE=640 VIDEOS=SpatialVID OUT=out/real       # one GPU and an OpenAI-compatible endpoint
@@ -62,7 +62,7 @@ from lib.toy_scenes import draw_clip
 # paths
 OUT = "out/toy"  # folder that is written
 QUESTIONS = ""  # 4DRL rows of the release (jsonl) or DSR-Train's (json, parquet), for SOURCE="questions"
-VIDEOS = ""  # folder of mp4 files, searched through all its folders, or SpatialVID's own
+VIDEOS = ""  # folder of videos, searched through all its folders, or SpatialVID's own
 # data
 SOURCE = "toy"  # "toy" | "spatialvid" | "videos" | "questions"
 TRAIN_CLIPS = 8000  # 0 to 1e7; clips of train_*.jsonl (ours)

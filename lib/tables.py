@@ -50,8 +50,9 @@ def parse_lines(path, file):
     """A jsonl file's entries; exits with the number of the first line that is no JSON."""
     entries = []
     for number, line in enumerate(file, 1):
-        value, wrong = parse_json(line) if line.strip() else (None, "")
+        if not line.strip():
+            continue
+        entry, wrong = parse_json(line)
         require(not wrong, f"{path}:{number} is not valid JSON ({quote(wrong)}); correct or delete the line.")
-        if line.strip():
-            entries.append(value)
+        entries.append(entry)
     return entries

@@ -98,7 +98,7 @@ def decode_into(folder, path, fps, most):
         for frame, seconds in decode_frames(path, fps, most):
             unfinished.mkdir(parents=True, exist_ok=True)
             frame.save(unfinished / f"{seconds:09.3f}.jpg", quality=95, subsampling=0)
-    except Exception as error:  # a reader's, of many kinds
+    except Exception as error:  # a reader's, of many kinds; PyAV's are of OSError too
         of_own_disk = isinstance(error, OSError) and not type(error).__module__.startswith("av")
         if of_own_disk:
             raise

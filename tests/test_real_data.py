@@ -35,6 +35,7 @@ from lib.rows import read_rows
 from lib.segmenters import dyn as segment_dyn
 from lib.segmenters import files as segment_files
 from lib.vocabulary import MOVES
+from tools import toy_videos
 
 FLIP = np.array([1, -1, 1])  # our axes are right, up, forward; OpenCV's are right, down, forward
 
@@ -70,16 +71,9 @@ def shot_of(frames, notes, folder):
 
 
 def write_video(path, frames, fps=10, codec="mpeg4"):
-    """frames (T, H, W, 3) uint8 -> an mp4 file."""
-    av = pytest.importorskip("av")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
-        stream.width, stream.height = frames.shape[2], frames.shape[1]
-        stream.pix_fmt, stream.bit_rate = "yuv420p", 10**7
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    """frames (T, H, W, 3) uint8 -> a video file; without PyAV the test is skipped."""
+    pytest.importorskip("av")
+    toy_videos.write_video(path, frames, fps, codec)
 
 
 def quaternion(turn):
