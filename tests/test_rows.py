@@ -220,6 +220,7 @@ def test_training_rows_beside_held_out_ones(tmp_path, train):
         ({"key": "A"}, "the key is A, but text_output answers B"),
         ({"text_input": "How?\n\nA. Left\nB. Right\nA. Up"}, "two options A"),
         ({"text_input": "How?\nB) Up\n\nA. Left\nB. Right"}, "two options B"),
+        ({"text_output": "<output_image> <answer>E"}, "none of the options A, B"),
     ],
 )
 def test_a_row_that_contradicts_itself_is_refused(tmp_path, changes, words):
