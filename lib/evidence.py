@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lib.background import move_points, resize_masks, scaled
+from lib.background import move_points, normalise, resize_masks, scaled, share_explained
+from lib.clean_plate import find_changed
 from lib.follow import (
     colour_numbers,
     colour_shares,
+    fill_inside,
     find_moving,
     homographies_to_first,
     list_regions,
@@ -36,6 +38,9 @@ TURN_ERROR = (
 LEAST_EXPLAINED = 0.85  # share of the frame outside of the thing that moves with the background
 OTHER_SIZE = 0.3  # another moving region of this share of the thing's size is another moving thing
 OTHER_FRAMES = 0.3  # share of the frames in which there may be one
+LEAST_SHARED = 8  # pixels that a mask and a region share, if the region is of the thing
+COVER = (0.3, 0.8)  # overlap of the mask and of what differs from the plate, worst and best
+MOVING_VIEWS = 12  # frames of the shot that are fitted to a clip of a moving camera; more take long
 HALO = 3  # pixels; what moves is found so far beyond the thing
 FOCALS = (0.6, 0.75, 0.9, 1.1, 1.4, 1.8, 2.5, 4.0)  # focal lengths that are tried, in longer sides
 
@@ -45,7 +50,13 @@ FLAWS = {
     "travel": "clips have a camera that travels: what is near seems to move",
 }
 CROWD = "box questions are about one of several things that move"
-LACKS = {"residual": "clear motion", "identity": "one clear identity", "margin": "a clear label"}
+BY_MOTION = ("motion", "flow")  # segmenters whose masks are held against the clean plate
+LACKS = {
+    "cover": "a mask that two ways of finding it agree on",
+    "residual": "clear motion",
+    "identity": "one clear identity",
+    "margin": "a clear label",
+}
 
 
 @dataclass
@@ -73,6 +84,7 @@ class Track:
     wholeness: float  # of the last mask: how much of what moves there it bounds, intersection over union
     camera_way: float  # frame widths; the farthest that a corner of the background moves
     turn_error: float  # frame widths; how far off the best turn of a camera is from it
+    turn_share: float  # 0 to 1; what that turn explains of the first frame in the last, of what it explains
 
 
 # ---------------------------------------------------------------- what is measured
@@ -101,19 +113,26 @@ def corner_shift(homography, other, shape):
     return float(np.hypot(*np.subtract(moved, other_moved)).max() / shape[1])
 
 
-def turn_error(homography, shape):
-    """How far, in frame widths, a homography is from that of a camera that only turns, K R K^-1.
+def best_turn(homography, shape):
+    """The homography of a camera that only turns, K R K^-1, that is nearest to one; how far, in frame widths.
 
     The focal length is not known: the best of FOCALS counts.
     """
     height, width = shape
-    errors = []
+    turns = []
     for focal in FOCALS:
         length = focal * max(shape)
         to_pixels = np.array([[length, 0, width / 2], [0, length, height / 2], [0, 0, 1]])
-        turn = to_pixels @ turn_like(homography, to_pixels) @ np.linalg.inv(to_pixels)
-        errors.append(corner_shift(homography, turn, shape))
-    return min(errors)
+        turns.append(to_pixels @ turn_like(homography, to_pixels) @ np.linalg.inv(to_pixels))
+    errors = [corner_shift(homography, turn, shape) for turn in turns]
+    best = int(np.argmin(errors))
+    return turns[best], errors[best]
+
+
+def explained_by_turn(homography, turn, a, b):
+    """What a turn explains of the picture a (H, W) in b, as a share of what a homography does; at most 1."""
+    whole = share_explained(homography, a, b)
+    return min(1.0, share_explained(turn, a, b) / whole) if whole > 0 else 0.0
 
 
 def turn_like(homography, to_pixels):
@@ -209,6 +228,8 @@ def measure_track(frames, masks, run, onwards, moving):
     by_flow = sum(growth_by_flow(onwards[t], masks[t]) for t in run[:-1])
     growth = [by_flow, np.log(areas[-1] / areas[0]) / 2, np.log(heights[-1] / heights[0])]
     camera = scaled(np.linalg.inv(to_start[-1]))
+    turn, error = best_turn(camera, shape)
+    first, last = [normalise(frames[run[end]].mean(-1)) for end in (0, -1)]
     return Track(
         masks=masks[run],
         colours=np.array([colour_shares(colour_numbers(frames[t])[masks[t]]) for t in run]),
@@ -219,8 +240,27 @@ def measure_track(frames, masks, run, onwards, moving):
         slip=max(slips),
         wholeness=wholeness(masks[run[-1]], moving[run[-1]]),
         camera_way=corner_shift(camera, np.eye(3), shape),
-        turn_error=turn_error(camera, shape),
+        turn_error=error,
+        turn_share=explained_by_turn(camera, turn, first, last),
     )
+
+
+def plate_overlaps(shot, masks, run, onwards):
+    """A Shot, small masks (T, h, w), a run's frame numbers, Pairs -> overlap with the plate's thing (n,).
+
+    0 to 1, of each frame of the run. The regions that differ from the shot's clean plate, and share pixels
+    with the mask, are a second way to the thing's outline.
+    """
+    to_first = homographies_to_first(shot.dense[shot.places], onwards)
+    changed = find_changed(shot, to_first, MOVING_VIEWS)
+    overlaps = []
+    for t in run:
+        thing = np.zeros_like(masks[t])
+        for region in list_regions(changed[t], least=LEAST_SHARED):
+            if (region & masks[t]).sum() >= LEAST_SHARED:
+                thing |= region
+        overlaps.append(overlap(fill_inside(thing), masks[t]))
+    return np.array(overlaps)
 
 
 # ---------------------------------------------------------------- gates and labels
@@ -313,10 +353,11 @@ def judge_box(track):
 JUDGES = {"box": judge_box, "direction": judge_direction, "distance": judge_distance}
 
 
-def weigh(shot, masks, least_confidence):
+def weigh(shot, masks, least_confidence, by_motion=False):
     """A Shot and masks (T, H, W) of a moving thing -> Evidence.
 
-    least_confidence: 0 to 1, what each score of a label must reach.
+    least_confidence: 0 to 1, what each score of a label must reach. by_motion: the masks come from motion, so
+    that they are held against the clean plate.
     """
     small = shot.dense[shot.places]
     small_masks = resize_masks(masks, small.shape[1:3])
@@ -340,17 +381,23 @@ def weigh(shot, masks, least_confidence):
         evidence.reasons[FLAWS[flaw]] += 1
         return evidence
 
+    shared = {"residual": rise(track.strength, 2, 12), "identity": score_identity(track)}
+    judged = {}
     for kind, judge in JUDGES.items():
         # Two people who walk side by side among others move as one, but a box is of one thing.
         if kind == "box" and not evidence.is_alone:
             evidence.reasons[CROWD] += 1
             continue
         label, margin = judge(track)
-        scores = {
-            "residual": rise(track.strength, 2, 12),
-            "identity": score_identity(track),
-            "margin": margin,
-        }
+        judged[kind] = label, {**shared, "margin": margin}
+    # the second way to the outline takes long, so it is asked last
+    is_worth = any(min(scores.values()) >= least_confidence for _, scores in judged.values())
+    if by_motion and is_worth:
+        overlaps = plate_overlaps(shot, small_masks, run, onwards)
+        for _, scores in judged.values():
+            scores["cover"] = rise(np.median(overlaps), *COVER)
+
+    for kind, (label, scores) in judged.items():
         least = min(scores, key=scores.get)
         if scores[least] < least_confidence:
             evidence.reasons[f"{kind} questions lack {LACKS[least]}"] += 1
@@ -376,7 +423,7 @@ def add_moving_object(c, clip, shot, name, masks):
     if "poses" in shot.notes or "depths" in shot.notes:
         labels = {"box": "", **object_labels(masks, shot.notes, c.HFOV)}
     else:
-        evidence = weigh(shot, masks, c.MIN_CONFIDENCE)
+        evidence = weigh(shot, masks, c.MIN_CONFIDENCE, by_motion=c.SEGMENTER in BY_MOTION)
         masks, labels, reasons = evidence.masks, evidence.labels, evidence.reasons
         # among others that move, an object without a name is known by where it begins
         if labels and name == UNNAMED and not evidence.is_alone:

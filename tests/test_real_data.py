@@ -742,11 +742,13 @@ def test_windows_stay_inside_a_shot():
     frames = np.zeros((19, 4, 4, 3), np.uint8)
     frames[3:13] = 200
     places = np.arange(19)
-    assert [part.tolist() for part in split_into_windows(frames, places, 8, TOY.CUT_CHANGE)] == [
+    windows = split_into_windows(frames, places, 8, TOY.CUT_CHANGE)
+    assert [part.tolist() for part, _ in windows] == [
         list(range(3, 11)),
         list(range(7, 13)),
         list(range(13, 19)),
     ]
+    assert [len(shot) for _, shot in windows] == [10, 10, 6]
     assert split_into_windows(frames[:3], places[:3], 8, TOY.CUT_CHANGE) == []
 
 
