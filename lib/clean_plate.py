@@ -22,6 +22,7 @@ from lib.files import evenly_spaced
 
 LEAST_CHANGE = 14.0  # of 255; what differs less from the background has not changed
 NOISE_FACTOR = 4.0  # nor has what differs less than so many standard deviations of the pixel over the shot
+LEAST_VIEWS = 2  # of a place without the thing, or its background is not known
 LEAST_SEEN = 0.5  # share of a frame that is the same in another one; with less it shows another place
 
 
@@ -31,25 +32,50 @@ def find_changed(shot, to_first, more_views=0):
     more_views: of the shot beyond the clip, if the camera moves; they take long to fit.
     """
     frames = shot.dense[shot.places].astype(float)
-    shape = frames.shape[1:]
+    context = shot.dense if shot.context is None else shot.context
     is_still = np.allclose(to_first, np.eye(3))
-    plates = still_plate(shot.context.tobytes(), shape) if is_still else None
+    plates = still_plate(context.tobytes(), frames.shape[1:]) if is_still else None
     if plates and has_same_view(frames[0], plates[0]):
         return np.stack([differs(frame, *plates) for frame in frames])
 
     # The camera moves: what the shot shows of the clip's view is moved into each frame.
-    views = list(zip(frames, to_first)) + align(frames[0], shot.context, more_views)
-    x, y = pixel_grid(shape[:2])
+    views = list(zip(frames, to_first)) + align(frames[0], context, more_views)
     changed = []
     for frame, home in zip(frames, to_first):
-        aligned = []
-        for view, homography in views:
-            points = move_points(np.linalg.inv(homography) @ home, x, y)
-            moved = np.stack([sample(view[..., channel], *points) for channel in range(3)], -1)
-            # outside of a view nothing is known, so nothing has changed
-            aligned.append(np.where(np.isfinite(moved), moved, frame))
-        changed.append(differs(frame, *median_and_noise(np.array(aligned))))
+        aligned = move_views(views, home)
+        # outside of a view nothing is known, so nothing has changed
+        changed.append(differs(frame, *median_and_noise(np.where(np.isnan(aligned), frame, aligned))))
     return np.stack(changed)
+
+
+def find_changed_outside(shot, to_first, masks):
+    """As find_changed, of a shot no longer than its clip: by the frames outside of the masks (T, h, w).
+
+    In so short a time a thing may stand before its background for longer than not. What is known nowhere has
+    not changed.
+    """
+    frames = shot.dense[shot.places].astype(float)
+    outside = np.where(masks[..., None], np.nan, frames)
+    views = list(zip(outside, to_first))
+    changed = []
+    for frame, home in zip(frames, to_first):
+        aligned = move_views(views, home)
+        known = np.isfinite(aligned).sum(0)
+        aligned = np.where((known < LEAST_VIEWS) & np.isnan(aligned), frame, aligned)
+        plate = np.nanmedian(aligned, 0)
+        deviation = np.nanmedian(np.abs(aligned - plate), 0).max(-1)
+        changed.append(differs(frame, plate, box_mean(1.48 * deviation, 3)))
+    return np.stack(changed)
+
+
+def move_views(views, to_first):
+    """[(frame (h, w, 3), its homography to the first)] -> as seen from another frame (N, h, w, 3), or NaN."""
+    x, y = pixel_grid(views[0][0].shape[:2])
+    aligned = []
+    for view, homography in views:
+        points = move_points(np.linalg.inv(homography) @ to_first, x, y)
+        aligned.append(np.stack([sample(view[..., channel], *points) for channel in range(3)], -1))
+    return np.array(aligned)
 
 
 @functools.lru_cache(maxsize=1)

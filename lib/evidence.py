@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lib.background import move_points, normalise, resize_masks, scaled, share_explained
-from lib.clean_plate import find_changed
+from lib.clean_plate import find_changed, find_changed_outside
 from lib.follow import (
     colour_numbers,
     colour_shares,
@@ -38,6 +38,7 @@ TURN_ERROR = (
 LEAST_EXPLAINED = 0.85  # share of the frame outside of the thing that moves with the background
 OTHER_SIZE = 0.3  # another moving region of this share of the thing's size is another moving thing
 OTHER_FRAMES = 0.3  # share of the frames in which there may be one
+AROUND = 5  # pixels; in such a square around a mask there may be more of the thing
 LEAST_SHARED = 8  # pixels that a mask and a region share, if the region is of the thing
 COVER = (0.35, 0.85)  # overlap of the mask and of what differs from the plate, worst and best
 MOVING_VIEWS = 12  # frames of the shot that are fitted to a clip of a moving camera; more take long
@@ -252,7 +253,10 @@ def plate_overlaps(shot, masks, run, onwards):
     with the mask, are a second way to the thing's outline.
     """
     to_first = homographies_to_first(shot.dense[shot.places], onwards)
-    changed = find_changed(shot, to_first, MOVING_VIEWS)
+    if shot.context is None:
+        changed = find_changed_outside(shot, to_first, np.stack([widen(mask, AROUND) for mask in masks]))
+    else:
+        changed = find_changed(shot, to_first, MOVING_VIEWS)
     overlaps = []
     for t in run:
         thing = np.zeros_like(masks[t])

@@ -24,6 +24,7 @@ from lib.video_readers import BadVideo, advise, require_reader
 ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")  # of videos
 UNNAMED = "moving object"  # in questions about what no one has named
 CONTEXT = 32  # frames of all the video between two cuts, by which the background is known
+LONGER = 1.5  # a shot of so many times a clip's frames tells more of the background than the clip
 BETWEEN = 2  # frames between two frames of a clip, by which its motion is measured
 SEGMENTERS = Path(__file__).parent / "segmenters"
 
@@ -40,15 +41,15 @@ class Shot:
     folder: Path  # of annotations and mask images
     dense: np.ndarray = None  # (M, h, w, 3) uint8, the frames and more between them, small; None: the frames
     places: list = None  # numbers of the T frames among the M
-    context: np.ndarray = None  # (N, h, w, 3) uint8, small frames of all the video between two cuts
+    context: np.ndarray = (
+        None  # (N, h, w, 3) uint8, small frames of a longer shot; None: the clip is all of it
+    )
 
     def __post_init__(self):
         """Without frames between them the frames stand for all."""
         if self.dense is None:
             self.dense = np.stack([shrink(frame) for frame in self.frames])
             self.places = list(range(len(self.frames)))
-        if self.context is None:
-            self.context = self.dense
 
     def mask_files(self, role):
         """Paths of the mask images of a role, "static" or "dynamic", one a frame; they may be missing."""
@@ -225,7 +226,8 @@ def read_shots(c, job, name):
     shots = []
     for window, whole in windows:
         first, last = places[window[0]], places[window[-1]]
-        known = np.arange(places[whole[0]], places[whole[-1]] + 1)
+        known = range(places[whole[0]], places[whole[-1]] + 1)
+        is_longer = len(whole) > LONGER * len(window)
         shot = Shot(
             name=f"{name}/{window[0]:05d}",
             frames=frames[window],
@@ -235,7 +237,7 @@ def read_shots(c, job, name):
             folder=folder,
             dense=dense[first : last + 1],
             places=(places[window] - first).tolist(),
-            context=dense[evenly_spaced(known.tolist(), CONTEXT)],
+            context=dense[evenly_spaced(known, CONTEXT)] if is_longer else None,
         )
         shots.append(shot)
     return shots
