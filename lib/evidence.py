@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lib.background import move_points, normalise, resize_masks, scaled, share_explained
+from lib.background import move_points, resize_masks, scaled
 from lib.clean_plate import find_changed, find_changed_outside
 from lib.follow import (
     colour_numbers,
@@ -85,7 +85,6 @@ class Track:
     wholeness: float  # of the last mask: how much of what moves there it bounds, intersection over union
     camera_way: float  # frame widths; the farthest that a corner of the background moves
     turn_error: float  # frame widths; how far off the best turn of a camera is from it
-    turn_share: float  # 0 to 1; what that turn explains of the first frame in the last, of what it explains
 
 
 # ---------------------------------------------------------------- what is measured
@@ -114,26 +113,19 @@ def corner_shift(homography, other, shape):
     return float(np.hypot(*np.subtract(moved, other_moved)).max() / shape[1])
 
 
-def best_turn(homography, shape):
-    """The homography of a camera that only turns, K R K^-1, that is nearest to one; how far, in frame widths.
+def turn_error(homography, shape):
+    """How far, in frame widths, a homography is from that of a camera that only turns, K R K^-1.
 
     The focal length is not known: the best of FOCALS counts.
     """
     height, width = shape
-    turns = []
+    errors = []
     for focal in FOCALS:
         length = focal * max(shape)
         to_pixels = np.array([[length, 0, width / 2], [0, length, height / 2], [0, 0, 1]])
-        turns.append(to_pixels @ turn_like(homography, to_pixels) @ np.linalg.inv(to_pixels))
-    errors = [corner_shift(homography, turn, shape) for turn in turns]
-    best = int(np.argmin(errors))
-    return turns[best], errors[best]
-
-
-def explained_by_turn(homography, turn, a, b):
-    """What a turn explains of the picture a (H, W) in b, as a share of what a homography does; at most 1."""
-    whole = share_explained(homography, a, b)
-    return min(1.0, share_explained(turn, a, b) / whole) if whole > 0 else 0.0
+        turn = to_pixels @ turn_like(homography, to_pixels) @ np.linalg.inv(to_pixels)
+        errors.append(corner_shift(homography, turn, shape))
+    return min(errors)
 
 
 def turn_like(homography, to_pixels):
@@ -229,8 +221,6 @@ def measure_track(frames, masks, run, onwards, moving):
     by_flow = sum(growth_by_flow(onwards[t], masks[t]) for t in run[:-1])
     growth = [by_flow, np.log(areas[-1] / areas[0]) / 2, np.log(heights[-1] / heights[0])]
     camera = scaled(np.linalg.inv(to_start[-1]))
-    turn, error = best_turn(camera, shape)
-    first, last = [normalise(frames[run[end]].mean(-1)) for end in (0, -1)]
     return Track(
         masks=masks[run],
         colours=np.array([colour_shares(colour_numbers(frames[t])[masks[t]]) for t in run]),
@@ -241,8 +231,7 @@ def measure_track(frames, masks, run, onwards, moving):
         slip=max(slips),
         wholeness=wholeness(masks[run[-1]], moving[run[-1]]),
         camera_way=corner_shift(camera, np.eye(3), shape),
-        turn_error=error,
-        turn_share=explained_by_turn(camera, turn, first, last),
+        turn_error=turn_error(camera, shape),
     )
 
 

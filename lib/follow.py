@@ -79,12 +79,19 @@ def measure_bytes(data, shape, places):
     is_still = stands_still(pictures)
 
     # Between close frames all things move little; several of these steps make one to the next frame.
-    onwards, backwards = [], []
-    for a, b in zip(pictures, pictures[1:]):
-        homography = np.eye(3) if is_still else fit_homography(a, b)
-        onwards.append(measure_pair(a, b, homography))
-        backwards.append(measure_pair(b, a, scaled(np.linalg.inv(homography))))
+    steps = [
+        measure_step(a.tobytes(), b.tobytes(), a.shape, is_still) for a, b in zip(pictures, pictures[1:])
+    ]
+    onwards, backwards = zip(*steps)
     return join_steps(onwards, backwards, places, lambda pair, i, j: polish(pair, pictures[i], pictures[j]))
+
+
+@functools.lru_cache(maxsize=64)
+def measure_step(a, b, shape, is_still):
+    """Bytes of two normalised pictures -> the Pair from a to b and that back, once for overlapping clips."""
+    a, b = [np.frombuffer(data).reshape(shape) for data in (a, b)]
+    homography = np.eye(3) if is_still else fit_homography(a, b)
+    return measure_pair(a, b, homography), measure_pair(b, a, scaled(np.linalg.inv(homography)))
 
 
 def measure_pair(a, b, homography):
