@@ -50,7 +50,7 @@ from lib.evidence import add_moving_object
 from lib.files import evenly_spaced, is_json, is_leftover, read_json, remove_leftovers, replace_folder
 from lib.files import to_jsonl, write_json, write_text
 from lib.footage import describe_error, list_segmenters, list_videos, load_segmenter, path_inside
-from lib.footage import fill_empty_split, object_names, read_shots
+from lib.footage import fill_empty_split, keep_apart, object_names, read_shots
 from lib.geometry import centroid_and_area, describe_location, mask_box
 from lib.jobs import Job, Result, add_timing, print_rates, read_record, run_jobs, take_timings
 from lib.look_alikes import draw_look_alikes
@@ -105,6 +105,7 @@ SAMPLE_FPS = 4.0  # 1e-6 to 1e3; frames a second of videos without indexes.txt (
 WINDOW = 8  # >= 4; frames of one clip of such a video; longer shots give several that overlap by half (ours)
 MAX_FRAMES = 50  # >= 4; annotated clips with more frames are skipped (release)
 CUT_CHANGE = 0.15  # 0 to 1; share of the colours that changes at a cut (ours)
+MAX_CLIPS = 4  # >= 1; clips of one video that give rows, the surest that share no frame (ours)
 MIN_CONFIDENCE = 0.55  # 0 to 1; least score of an object row without poses and depth (ours)
 MAX_SIDE = 160  # >= 1; longer side of the stored frames, pixels (ours)
 MIN_MASK = 0.001  # 0 to 1; Eq. 2: least area of a mask, share of the frame (release)
@@ -515,8 +516,7 @@ def final_row(draft, form):
         if form == "verbal":
             text += location
         text += part
-    row = dict(draft.row)
-    row["text_output"] = text
+    row = {**draft.row, "text_output": text}
     for name in ("image_output", "overlay_frames", "overlay_things"):
         row[name] = []
     return row
@@ -783,7 +783,7 @@ def video_clips(c, job, name):
         return [], {f"clips are unreadable ({describe_error(error)})": 1}
     if not clips:
         return [], {"videos have no shot of four frames": 1}
-    return clips, dropped
+    return keep_apart(clips, c.MAX_CLIPS), dropped
 
 
 # ---------------------------------------------------------------- jobs

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lib.background import move_points, resize_masks, scaled
+from lib.clean_plate import find_changed, find_changed_outside
 from lib.follow import (
     colour_numbers,
     colour_shares,
+    fill_inside,
     find_moving,
     homographies_to_first,
     list_regions,
@@ -36,6 +38,10 @@ TURN_ERROR = (
 LEAST_EXPLAINED = 0.85  # share of the frame outside of the thing that moves with the background
 OTHER_SIZE = 0.3  # another moving region of this share of the thing's size is another moving thing
 OTHER_FRAMES = 0.3  # share of the frames in which there may be one
+AROUND = 5  # pixels; in such a square around a mask there may be more of the thing
+LEAST_SHARED = 8  # pixels that a mask and a region share, if the region is of the thing
+COVER = (0.35, 0.85)  # overlap of the mask and of what differs from the plate, worst and best
+MOVING_VIEWS = 12  # frames of the shot that are fitted to a clip of a moving camera; more take long
 HALO = 3  # pixels; what moves is found so far beyond the thing
 FOCALS = (0.6, 0.75, 0.9, 1.1, 1.4, 1.8, 2.5, 4.0)  # focal lengths that are tried, in longer sides
 
@@ -45,7 +51,13 @@ FLAWS = {
     "travel": "clips have a camera that travels: what is near seems to move",
 }
 CROWD = "box questions are about one of several things that move"
-LACKS = {"residual": "clear motion", "identity": "one clear identity", "margin": "a clear label"}
+BY_MOTION = ("motion", "flow")  # segmenters whose masks are held against the clean plate
+LACKS = {
+    "cover": "a mask that two ways of finding it agree on",
+    "residual": "clear motion",
+    "identity": "one clear identity",
+    "margin": "a clear label",
+}
 
 
 @dataclass
@@ -223,6 +235,27 @@ def measure_track(frames, masks, run, onwards, moving):
     )
 
 
+def plate_overlaps(shot, masks, run, onwards):
+    """A Shot, small masks (T, h, w), a run's frame numbers, Pairs -> overlap with the plate's thing (n,).
+
+    0 to 1, of each frame of the run. The regions that differ from the shot's clean plate, and share pixels
+    with the mask, are a second way to the thing's outline.
+    """
+    to_first = homographies_to_first(shot.dense[shot.places], onwards)
+    if shot.context is None:
+        changed = find_changed_outside(shot, to_first, np.stack([widen(mask, AROUND) for mask in masks]))
+    else:
+        changed = find_changed(shot, to_first, MOVING_VIEWS)
+    overlaps = []
+    for t in run:
+        thing = np.zeros_like(masks[t])
+        for region in list_regions(changed[t], least=LEAST_SHARED):
+            if (region & masks[t]).sum() >= LEAST_SHARED:
+                thing |= region
+        overlaps.append(overlap(fill_inside(thing), masks[t]))
+    return np.array(overlaps)
+
+
 # ---------------------------------------------------------------- gates and labels
 
 
@@ -313,10 +346,11 @@ def judge_box(track):
 JUDGES = {"box": judge_box, "direction": judge_direction, "distance": judge_distance}
 
 
-def weigh(shot, masks, least_confidence):
+def weigh(shot, masks, least_confidence, by_motion=False):
     """A Shot and masks (T, H, W) of a moving thing -> Evidence.
 
-    least_confidence: 0 to 1, what each score of a label must reach.
+    least_confidence: 0 to 1, what each score of a label must reach. by_motion: the masks come from motion, so
+    that they are held against the clean plate.
     """
     small = shot.dense[shot.places]
     small_masks = resize_masks(masks, small.shape[1:3])
@@ -340,17 +374,23 @@ def weigh(shot, masks, least_confidence):
         evidence.reasons[FLAWS[flaw]] += 1
         return evidence
 
+    shared = {"residual": rise(track.strength, 2, 12), "identity": score_identity(track)}
+    judged = {}
     for kind, judge in JUDGES.items():
         # Two people who walk side by side among others move as one, but a box is of one thing.
         if kind == "box" and not evidence.is_alone:
             evidence.reasons[CROWD] += 1
             continue
         label, margin = judge(track)
-        scores = {
-            "residual": rise(track.strength, 2, 12),
-            "identity": score_identity(track),
-            "margin": margin,
-        }
+        judged[kind] = label, {**shared, "margin": margin}
+    # the second way to the outline takes long, so it is asked last
+    is_worth = any(min(scores.values()) >= least_confidence for _, scores in judged.values())
+    if by_motion and is_worth:
+        overlaps = plate_overlaps(shot, small_masks, run, onwards)
+        for _, scores in judged.values():
+            scores["cover"] = rise(np.median(overlaps), *COVER)
+
+    for kind, (label, scores) in judged.items():
         least = min(scores, key=scores.get)
         if scores[least] < least_confidence:
             evidence.reasons[f"{kind} questions lack {LACKS[least]}"] += 1
@@ -376,7 +416,7 @@ def add_moving_object(c, clip, shot, name, masks):
     if "poses" in shot.notes or "depths" in shot.notes:
         labels = {"box": "", **object_labels(masks, shot.notes, c.HFOV)}
     else:
-        evidence = weigh(shot, masks, c.MIN_CONFIDENCE)
+        evidence = weigh(shot, masks, c.MIN_CONFIDENCE, by_motion=c.SEGMENTER in BY_MOTION)
         masks, labels, reasons = evidence.masks, evidence.labels, evidence.reasons
         # among others that move, an object without a name is known by where it begins
         if labels and name == UNNAMED and not evidence.is_alone:

@@ -25,6 +25,7 @@ from lib.background import (
     split_into_cells,
     stands_still,
 )
+from lib.clean_plate import find_changed
 
 LEAST_TEXTURE = 0.01  # of a normalised picture; where there is less, nothing is seen to move
 LEAST_STEP = 0.5  # pixels; what moves less between two frames is not seen to move
@@ -34,7 +35,6 @@ LEAST_OVERLAP = 0.35  # of a region and where the one before went, intersection 
 FILLS = (7, 15, 31)  # pixels; where nothing is seen, flow is that of the texture in squares of these sides
 STARTS = 3  # largest regions of each frame that are followed from there
 COLOUR_STEPS = 8  # of each channel, for shares of colours
-LEAST_CHANGE = 14.0  # of 255; what differs less from the background has not changed
 GROWTH = 13  # pixels; an outline reaches no farther than this wide a square around a rough mask
 INSIDE = 9  # pixels; what such a square around it has no other pixel of is well inside a rough mask
 LEAST_MOVING = 0.1  # share of a changed region that is seen to move, if it is of a moving thing
@@ -79,12 +79,19 @@ def measure_bytes(data, shape, places):
     is_still = stands_still(pictures)
 
     # Between close frames all things move little; several of these steps make one to the next frame.
-    onwards, backwards = [], []
-    for a, b in zip(pictures, pictures[1:]):
-        homography = np.eye(3) if is_still else fit_homography(a, b)
-        onwards.append(measure_pair(a, b, homography))
-        backwards.append(measure_pair(b, a, scaled(np.linalg.inv(homography))))
+    steps = [
+        measure_step(a.tobytes(), b.tobytes(), a.shape, is_still) for a, b in zip(pictures, pictures[1:])
+    ]
+    onwards, backwards = zip(*steps)
     return join_steps(onwards, backwards, places, lambda pair, i, j: polish(pair, pictures[i], pictures[j]))
+
+
+@functools.lru_cache(maxsize=64)
+def measure_step(a, b, shape, is_still):
+    """Bytes of two normalised pictures -> the Pair from a to b and that back, once for overlapping clips."""
+    a, b = [np.frombuffer(data).reshape(shape) for data in (a, b)]
+    homography = np.eye(3) if is_still else fit_homography(a, b)
+    return measure_pair(a, b, homography), measure_pair(b, a, scaled(np.linalg.inv(homography)))
 
 
 def measure_pair(a, b, homography):
@@ -306,29 +313,6 @@ def colour_shares(numbers):
     return counts.ravel() / max(counts.sum(), 1)
 
 
-def background_of(frames, to_first, t):
-    """frames (T, H, W, 3) -> frame t without what moves: the median of all, each moved into its place."""
-    x, y = pixel_grid(frames.shape[1:3])
-    moved = []
-    for frame, homography in zip(frames, to_first):
-        points = move_points(np.linalg.inv(homography) @ to_first[t], x, y)
-        channels = [sample(frame[..., channel], *points) for channel in range(3)]
-        aligned = np.stack(channels, -1)
-        # outside of a frame nothing is known, so nothing has changed
-        moved.append(np.where(np.isfinite(aligned), aligned, frames[t]))
-    return np.median(moved, 0)
-
-
-def find_changed(frames, to_first):
-    """frames (T, H, W, 3) float -> (T, H, W) bool: what differs from the background."""
-    changed = np.zeros(frames.shape[:3], bool)
-    for t, frame in enumerate(frames):
-        difference = np.abs(frame - background_of(frames, to_first, t)).max(-1)
-        threshold = max(LEAST_CHANGE, 3 * np.median(difference))
-        changed[t] = box_mean(difference, 3) > threshold
-    return changed
-
-
 def sharpen(frames, found, moving, changed):
     """Rough masks (T, H, W) of one thing -> its outline, by what has changed and by its colours.
 
@@ -391,9 +375,10 @@ def masks_of_one_thing(shot, onwards, backwards):
     frames = shot.dense[shot.places]
     moving = find_moving(onwards, backwards)
     found = follow_largest(moving, onwards, backwards)
-    if found.any():
+    # three frames give no row, so the rest is not worth its time
+    if found.any((1, 2)).sum() > 3:
         # Of a thing of one colour, or a slow one, more has changed than is seen to move.
-        changed = find_changed(frames.astype(float), homographies_to_first(frames, onwards))
+        changed = find_changed(shot, homographies_to_first(frames, onwards))
         completed = follow_largest(complete(moving, changed), onwards, backwards)
         found = sharpen(frames, completed, moving, changed)
         # Before a bare wall this may join things that pass; then what was measured itself says more.

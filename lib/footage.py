@@ -14,6 +14,7 @@ from PIL import Image
 from lib import vocabulary
 from lib.background import shrink
 from lib.command_line import quote, require
+from lib.files import evenly_spaced
 from lib.follow import colour_numbers, colour_shares
 from lib.jobs import Job, add_timing
 from lib.pictures import BadImage
@@ -22,6 +23,8 @@ from lib.video_readers import BadVideo, advise, require_reader
 
 ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")  # of videos
 UNNAMED = "moving object"  # in questions about what no one has named
+CONTEXT = 32  # frames of all the video between two cuts, by which the background is known
+LONGER = 1.5  # a shot of so many times a clip's frames tells more of the background than the clip
 BETWEEN = 2  # frames between two frames of a clip, by which its motion is measured
 SEGMENTERS = Path(__file__).parent / "segmenters"
 
@@ -38,6 +41,9 @@ class Shot:
     folder: Path  # of annotations and mask images
     dense: np.ndarray = None  # (M, h, w, 3) uint8, the frames and more between them, small; None: the frames
     places: list = None  # numbers of the T frames among the M
+    context: np.ndarray = (
+        None  # (N, h, w, 3) uint8, small frames of a longer shot; None: the clip is all of it
+    )
 
     def __post_init__(self):
         """Without frames between them the frames stand for all."""
@@ -170,9 +176,10 @@ def find_cuts(frames, cut_change):
 
 
 def split_into_windows(dense, places, window, cut_change):
-    """All frames (M, H, W, 3), the numbers of T among them -> those of each clip, numbers among the T.
+    """All frames (M, H, W, 3), the numbers of T among them -> those of each clip and of its shot.
 
-    A clip is `window` frames of a shot, overlapping by half; three frames are none.
+    Both are numbers among the T. A shot is what lies between two cuts. A clip is `window` frames of it,
+    overlapping by half; three frames are none.
     """
     cuts = np.searchsorted(places, find_cuts(dense, cut_change))
     half = window // 2
@@ -180,7 +187,7 @@ def split_into_windows(dense, places, window, cut_change):
     for shot in np.split(np.arange(len(places)), cuts):
         if len(shot) > 3:
             starts = range(0, max(1, len(shot) - half), half)
-            windows += [shot[start : start + window] for start in starts]
+            windows += [(shot[start : start + window], shot) for start in starts]
     return windows
 
 
@@ -213,12 +220,14 @@ def read_shots(c, job, name):
     if is_annotated(notes):
         if len(frames) > c.MAX_FRAMES:
             return None
-        windows = [np.arange(len(frames))]
+        windows = [(np.arange(len(frames)), np.arange(len(frames)))]
     else:
         windows = split_into_windows(dense, places, c.WINDOW, c.CUT_CHANGE)
     shots = []
-    for window in windows:
+    for window, whole in windows:
         first, last = places[window[0]], places[window[-1]]
+        known = range(places[whole[0]], places[whole[-1]] + 1)
+        is_longer = len(whole) > LONGER * len(window)
         shot = Shot(
             name=f"{name}/{window[0]:05d}",
             frames=frames[window],
@@ -228,6 +237,7 @@ def read_shots(c, job, name):
             folder=folder,
             dense=dense[first : last + 1],
             places=(places[window] - first).tolist(),
+            context=dense[evenly_spaced(known, CONTEXT)] if is_longer else None,
         )
         shots.append(shot)
     return shots
@@ -247,6 +257,26 @@ def object_names(shot, annotator):
         "static": names.get("static_object") or "static object",
         "dynamic": names.get("dynamic_object") or UNNAMED,
     }
+
+
+def keep_apart(clips, most):
+    """A video's [(clip, drafts)] -> the same, with drafts of at most `most` clips that share no frame.
+
+    The surest come first: clips of one video are alike, and one long video would fill a data set.
+    """
+
+    def sureness(number):
+        """The sum of a clip's least scores, one for each of its rows; a row without scores counts 1."""
+        scores = [draft.row.get("confidence", {"": 1}).values() for draft in clips[number][1]]
+        return sum(min(values) for values in scores)
+
+    taken = []
+    for number in sorted(range(len(clips)), key=sureness, reverse=True):
+        times = set(clips[number][0].times)
+        is_apart = all(times.isdisjoint(clips[other][0].times) for other in taken)
+        if clips[number][1] and is_apart and len(taken) < most:
+            taken.append(number)
+    return [(clip, drafts if number in taken else []) for number, (clip, drafts) in enumerate(clips)]
 
 
 def fill_empty_split(drafts):

@@ -624,8 +624,11 @@ def test_long_videos_become_windows(clips, monkeypatch, tmp_path):
     run_script(monkeypatch, "generate_data.py", "SOURCE=videos", "SEGMENTER=files", *words)
     rows = rows_of(tmp_path / "out/train_imagery.jsonl") + rows_of(tmp_path / "out/test_imagery.jsonl")
     firsts = {row["clip"].rpartition("/")[2]: row["times"][0] for row in rows}
-    assert firsts == {"00000": 0.0, "00002": 1.0, "00004": 2.0} and all(
-        len(row["times"]) == 4 for row in rows
+    # of three that overlap one or two are kept
+    assert (
+        firsts.items() <= {"00000": 0.0, "00002": 1.0, "00004": 2.0}.items()
+        and firsts
+        and all(len(row["times"]) == 4 for row in rows)
     )
     for row in rows:
         frame = np.asarray(Image.open(tmp_path / "out" / row["image_input"][0])).astype(int)
@@ -742,11 +745,13 @@ def test_windows_stay_inside_a_shot():
     frames = np.zeros((19, 4, 4, 3), np.uint8)
     frames[3:13] = 200
     places = np.arange(19)
-    assert [part.tolist() for part in split_into_windows(frames, places, 8, TOY.CUT_CHANGE)] == [
+    windows = split_into_windows(frames, places, 8, TOY.CUT_CHANGE)
+    assert [part.tolist() for part, _ in windows] == [
         list(range(3, 11)),
         list(range(7, 13)),
         list(range(13, 19)),
     ]
+    assert [len(shot) for _, shot in windows] == [10, 10, 6]
     assert split_into_windows(frames[:3], places[:3], 8, TOY.CUT_CHANGE) == []
 
 

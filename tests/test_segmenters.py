@@ -23,9 +23,10 @@ from lib.background import (
     pixel_noise,
     sample,
 )
-from lib.follow import LEAST_TEXTURE, fill_flow, fill_inside, list_regions
-from lib.footage import ENDINGS, choose_frames, fill_empty_split, find_cuts, list_videos
-from lib.clips import Draft
+from lib.follow import LEAST_TEXTURE, fill_flow, fill_inside, list_regions, measure_pairs, measure_step
+from lib.clean_plate import find_changed
+from lib.clips import Clip, Draft
+from lib.footage import ENDINGS, choose_frames, fill_empty_split, find_cuts, keep_apart, list_videos
 from tools.boxes_to_masks import draw_box, read_boxes
 from tools.toy_videos import judge_clip, judge_labels, stage_constants
 
@@ -114,18 +115,30 @@ def test_where_nothing_moves_nothing_is_asked(pan):
     [
         (40, 15, 3, "Moving Right"),
         (115, 15, -3, "Moving Left"),
-        (60, 10, 2, "Moving Down"),
+        (60, 8, 2, "Moving Down"),
     ],
 )
 def test_a_thing_before_a_moving_camera(x, y, pan, label):
     """Its way is that against the background, whatever it does in the frame; scores stand with each label."""
-    step = {"Moving Right": (6, 0), "Moving Left": (-5, 0), "Moving Down": (0, 4)}[label]
+    step = {"Moving Right": (6, 0), "Moving Left": (-5, 0), "Moving Down": (0, 6)}[label]
     clip, _ = made(camera_clip(pan=pan, thing=lambda t: (x + step[0] * t, y + step[1] * t)))
     assert clip.moving == ["moving object"]
     assert clip.facts["moving object"]["direction"] == label
     assert "First" not in str(clip.facts)
     scores = clip.evidence["dynamic_direct"]["confidence"]
-    assert set(scores) == {"residual", "identity", "margin"} and min(scores.values()) >= MOTION.MIN_CONFIDENCE
+    assert (
+        set(scores) == {"residual", "identity", "margin", "cover"}
+        and min(scores.values()) >= MOTION.MIN_CONFIDENCE
+    )
+
+
+def test_clips_that_overlap_are_measured_once():
+    """Of two clips of six frames that share three, ten steps less two are measured."""
+    frames = camera_clip(count=9, pan=3, seed=5)
+    before = measure_step.cache_info().misses
+    for start in (0, 3):
+        measure_pairs(shot_of(frames[start : start + 6], {}, Path("none")))
+    assert measure_step.cache_info().misses - before == 8
 
 
 def test_the_mask_is_the_thing():
@@ -173,6 +186,54 @@ def test_another_colour_is_another_thing():
         masks[t, 20:46, x : x + 26] = True
     found = evidence.weigh(shot_of(frames, {}, Path("none")), masks, 0.35)
     assert found.labels == {} and any("identity" in reason for reason in found.reasons)
+
+
+def square_masks(count, place, width=26):
+    """Masks (T, 90, 160) of the square of camera_clip at place(t), or of its left part of this width."""
+    masks = np.zeros((count, 90, 160), bool)
+    for t in range(count):
+        x, y = place(t)
+        masks[t, y : y + 26, x : x + width] = True
+    return masks
+
+
+@pytest.mark.parametrize("pan", [0.0, 3.0])
+def test_a_mask_of_half_a_thing_is_dropped(pan):
+    """The clean plate shows the whole square: a half has no cover. Masks of one's own are not so judged."""
+    frames = camera_clip(pan=pan, thing=lambda t: (40 + 8 * t, 20))
+    in_frame = lambda t: (round(40 + (8 - pan) * t), 20)  # noqa: E731
+    shot = shot_of(frames, {}, Path("none"))
+    onwards, _ = measure_pairs(shot)
+    whole, half = square_masks(8, in_frame), square_masks(8, in_frame, width=13)
+    assert evidence.plate_overlaps(shot, whole, range(8), onwards).min() > 0.8
+    assert evidence.plate_overlaps(shot, half, range(8), onwards).max() < 0.5
+    found = evidence.weigh(shot, half, 0.0, by_motion=True)
+    assert found.confidence["direction"]["cover"] < 0.3
+    assert "cover" not in evidence.weigh(shot, half, 0.0).confidence["direction"]
+
+
+def test_the_shot_tells_what_a_clip_cannot():
+    """A thing that stands still in its clip is seen by the shot, in which it has been away."""
+    standing = camera_clip(thing=lambda t: (60, 30), pan=0)
+    shot = shot_of(standing, {}, Path("none"))
+    home = np.tile(np.eye(3), (8, 1, 1))
+    assert find_changed(shot, home).mean() < 0.02
+    shot.context = np.concatenate([camera_clip(count=20, pan=0), standing])
+    changed = find_changed(shot, home)
+    true = square_masks(8, lambda t: (60, 30))
+    assert (changed & true).sum() / (changed | true).sum() > 0.7
+
+
+def test_clips_of_one_video_share_no_frame():
+    """A worked example: the surest first, what overlaps it goes, and so do those above the number."""
+    clips = []
+    for start, score in ((0, 0.6), (4, 0.9), (8, 0.7), (12, 0.8), (16, None)):
+        row = {"confidence": {"margin": score, "cover": 1.0}}
+        drafts = [Draft(row, "Moving Left")] if score else []
+        clips.append((Clip(f"clip/{start}", times=list(range(start, start + 8))), drafts))
+    kept = [bool(drafts) for _, drafts in keep_apart(clips, 4)]
+    assert kept == [False, True, False, True, False]
+    assert sum(bool(drafts) for _, drafts in keep_apart(clips, 1)) == 1
 
 
 def test_a_camera_that_travels_is_told_from_one_that_turns():
