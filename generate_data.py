@@ -783,7 +783,7 @@ def video_clips(c, job, name):
         return [], {f"clips are unreadable ({describe_error(error)})": 1}
     if not clips:
         return [], {"videos have no shot of four frames": 1}
-    return keep_apart(clips, c.MAX_CLIPS), dropped
+    return keep_apart(clips, dropped, c.MAX_CLIPS)
 
 
 # ---------------------------------------------------------------- jobs

@@ -5,6 +5,7 @@ import importlib
 import os
 import re
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")  # of videos
 UNNAMED = "moving object"  # in questions about what no one has named
 CONTEXT = 32  # frames of all the video between two cuts, by which the background is known
 LONGER = 1.5  # a shot of so many times a clip's frames tells more of the background than the clip
+CROWDED = "clips are more than MAX_CLIPS of a video, or share frames with a surer one"
 BETWEEN = 2  # frames between two frames of a clip, by which its motion is measured
 SEGMENTERS = Path(__file__).parent / "segmenters"
 
@@ -259,10 +261,10 @@ def object_names(shot, annotator):
     }
 
 
-def keep_apart(clips, most):
-    """A video's [(clip, drafts)] -> the same, with drafts of at most `most` clips that share no frame.
+def keep_apart(clips, dropped, most):
+    """A video's [(clip, drafts)], Counter of reasons -> both, with drafts of at most `most` clips apart.
 
-    The surest come first: clips of one video are alike, and one long video would fill a data set.
+    Apart is what shares no frame. The surest come first: clips of one video are alike, and one long video would fill a data set.
     """
 
     def sureness(number):
@@ -276,7 +278,9 @@ def keep_apart(clips, most):
         is_apart = all(times.isdisjoint(clips[other][0].times) for other in taken)
         if clips[number][1] and is_apart and len(taken) < most:
             taken.append(number)
-    return [(clip, drafts if number in taken else []) for number, (clip, drafts) in enumerate(clips)]
+    kept = [(clip, drafts if number in taken else []) for number, (clip, drafts) in enumerate(clips)]
+    too_many = sum(1 for _, drafts in clips if drafts) - len(taken)
+    return kept, dropped + Counter({CROWDED: too_many})
 
 
 def fill_empty_split(drafts):

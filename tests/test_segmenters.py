@@ -231,9 +231,11 @@ def test_clips_of_one_video_share_no_frame():
         row = {"confidence": {"margin": score, "cover": 1.0}}
         drafts = [Draft(row, "Moving Left")] if score else []
         clips.append((Clip(f"clip/{start}", times=list(range(start, start + 8))), drafts))
-    kept = [bool(drafts) for _, drafts in keep_apart(clips, 4)]
-    assert kept == [False, True, False, True, False]
-    assert sum(bool(drafts) for _, drafts in keep_apart(clips, 1)) == 1
+    kept, reasons = keep_apart(clips, Counter(), 4)
+    assert [bool(drafts) for _, drafts in kept] == [False, True, False, True, False]
+    assert sum(reasons.values()) == sum(bool(drafts) for _, drafts in clips) - 2
+    kept, _ = keep_apart(clips, Counter(), 1)
+    assert sum(bool(drafts) for _, drafts in kept) == 1
 
 
 def test_a_camera_that_travels_is_told_from_one_that_turns():
