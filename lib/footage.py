@@ -264,7 +264,8 @@ def object_names(shot, annotator):
 def keep_apart(clips, dropped, most):
     """A video's [(clip, drafts)], Counter of reasons -> both, with drafts of at most `most` clips apart.
 
-    Apart is what shares no frame. The surest come first: clips of one video are alike, and one long video would fill a data set.
+    Apart is what shares no frame. The surest come first: clips of one video are alike, and one long video
+    would fill a data set.
     """
 
     def sureness(number):
