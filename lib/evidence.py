@@ -24,7 +24,7 @@ from lib.follow import (
     touches_border,
     widen,
 )
-from lib.footage import UNNAMED
+from lib.footage import UNNAMED, load_segmenter
 from lib.geometry import mask_box, object_labels, view_width
 from lib.vocabulary import DIRECTIONS, DISTANCES, ID_TAGS
 
@@ -51,7 +51,6 @@ FLAWS = {
     "travel": "clips have a camera that travels: what is near seems to move",
 }
 CROWD = "box questions are about one of several things that move"
-BY_MOTION = ("motion", "flow")  # segmenters whose masks are held against the clean plate
 LACKS = {
     "cover": "a mask that two ways of finding it agree on",
     "residual": "clear motion",
@@ -416,7 +415,8 @@ def add_moving_object(c, clip, shot, name, masks):
     if "poses" in shot.notes or "depths" in shot.notes:
         labels = {"box": "", **object_labels(masks, shot.notes, c.HFOV)}
     else:
-        evidence = weigh(shot, masks, c.MIN_CONFIDENCE, by_motion=c.SEGMENTER in BY_MOTION)
+        by_motion = getattr(load_segmenter(c.SEGMENTER), "BY_MOTION", False)
+        evidence = weigh(shot, masks, c.MIN_CONFIDENCE, by_motion)
         masks, labels, reasons = evidence.masks, evidence.labels, evidence.reasons
         # among others that move, an object without a name is known by where it begins
         if labels and name == UNNAMED and not evidence.is_alone:

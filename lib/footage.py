@@ -26,7 +26,7 @@ ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")  # of videos
 UNNAMED = "moving object"  # in questions about what no one has named
 CONTEXT = 32  # frames of all the video between two cuts, by which the background is known
 LONGER = 1.5  # a shot of so many times a clip's frames tells more of the background than the clip
-CROWDED = "clips are more than MAX_CLIPS of a video, or share frames with a surer one"
+TOO_MANY = "clips are more than MAX_CLIPS of a video, or share frames with a surer one"
 BETWEEN = 2  # frames between two frames of a clip, by which its motion is measured
 SEGMENTERS = Path(__file__).parent / "segmenters"
 
@@ -43,9 +43,7 @@ class Shot:
     folder: Path  # of annotations and mask images
     dense: np.ndarray = None  # (M, h, w, 3) uint8, the frames and more between them, small; None: the frames
     places: list = None  # numbers of the T frames among the M
-    context: np.ndarray = (
-        None  # (N, h, w, 3) uint8, small frames of a longer shot; None: the clip is all of it
-    )
+    context: np.ndarray = None  # (N, h, w, 3) uint8, small frames of a longer shot; None: there are no more
 
     def __post_init__(self):
         """Without frames between them the frames stand for all."""
@@ -281,7 +279,7 @@ def keep_apart(clips, dropped, most):
             taken.append(number)
     kept = [(clip, drafts if number in taken else []) for number, (clip, drafts) in enumerate(clips)]
     too_many = sum(1 for _, drafts in clips if drafts) - len(taken)
-    return kept, dropped + Counter({CROWDED: too_many})
+    return kept, dropped + Counter({TOO_MANY: too_many})
 
 
 def fill_empty_split(drafts):

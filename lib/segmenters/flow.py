@@ -13,6 +13,7 @@ from lib.background import move_points, pixel_grid, scaled
 from lib.follow import Pair, join_steps, masks_of_one_thing, noise_of
 
 LANDMARKS = False  # it finds what moves, not what stands still
+BY_MOTION = True  # its masks are held against the clean plate, which is found without motion
 NOTHING = "clips show nothing that clearly moves against the background"
 SPACING = 4  # pixels between the points that the background is fitted to
 TOLERANCE = 1.0  # pixels; a point that is farther off is not of the background

@@ -7,6 +7,7 @@ turns after the thing. It says nothing where that is not so. numpy alone.
 from lib.follow import masks_of_one_thing, measure_pairs
 
 LANDMARKS = False  # it finds what moves, not what stands still
+BY_MOTION = True  # its masks are held against the clean plate, which is found without motion
 NOTHING = "clips show nothing that clearly moves against the background"
 
 
