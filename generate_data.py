@@ -73,6 +73,7 @@ P_OBJECT_CLIP = 0.6  # 0 to 1; share of clips asked about objects (rl: both), ot
 P_CAMERA = (0.45, 0.35, 0.20)  # 0 to 1, sum 1; camera clips: one movement, two at once, two segments (ours)
 P_OBJECT = (0.2, 0.3)  # 0 to 1; object clips: the camera moves too; two moving objects (ours)
 P_FOLLOW = 0.0  # 0 to 1; share of clips with four look-alikes that change places, for any split (ours)
+P_COMPOUND = 0.0  # 0 to 1; share of the other train and test clips asked about two motions, as in rl (ours)
 P_ASKED = (0.15, 0.15, 0.15)  # 0 to 1; moving objects: distance, not direction; a box; speed too (ours)
 EXCHANGES = (1, 4)  # 0 to 20, rising; fewest and most exchanges of look-alikes in train and test clips (ours)
 RL_EXCHANGES = (3, 4)  # 0 to 20, rising; the same in rl clips (ours)
@@ -375,50 +376,55 @@ def write_thought(rng, phrases, thing, times, label, gap):
     return thought + pick_phrase(rng, phrases["end"], thing=thing, label=label)
 
 
-def make_row(rng, clip, subtask, thing, keyframes, options, name):
-    """Eq. 4: a question about a clip, whose reasoning imagines `thing` at the keyframes -> Draft.
+def make_row(rng, clip, subtask, motions, options, name):
+    """Eq. 4: a question about a clip, whose reasoning imagines a thing at its key frames -> Draft.
 
-    options: 4 texts, the truth first. Each step of the reasoning ends with a placeholder for an overlay.
+    motions: [(kind of question, thing, key frames, label)], most questions have one; the last one's thing is
+    asked about. options: 4 texts, the truth first. Each step of the reasoning ends with a placeholder for an
+    overlay.
     """
     # The question, with times and sizes in its phrase and its options in random order.
     family, kind = subtask.split("_")
     if family in ("camera", "follow"):
         kind = family
-    phrases = vocabulary.phrases_for(kind)
-    label = options[0]
+    ask = vocabulary.phrases_for(kind)["ask"]
     height, width = clip.frames.shape[1:3]
-    times = [format_seconds(clip.times[t]) for t in keyframes]
-    question = pick_phrase(rng, phrases["ask"], thing=thing, a=times[0], b=times[-1], w=width, h=height)
+    shown = [(thing, t) for _, thing, keyframes, _ in motions for t in keyframes]
+    thing, last = shown[-1]
+    begin, end = format_seconds(clip.times[shown[0][1]]), format_seconds(clip.times[last])
+    question = pick_phrase(rng, ask, thing=thing, a=begin, b=end, w=width, h=height)
     question, _, key = shuffle_options(rng, question, options)
 
-    thought = write_thought(rng, phrases, thing, times, label, f" {lib.rows.PLACEHOLDER} ")
-    row = base_row(clip, name, question, thought, f"{key}. {label}", subtask)
-    row["image_output"] = [overlay_name(clip, thing, t) for t in keyframes]
-    row["overlay_frames"] = list(keyframes)  # ours: which frame each overlay shows, and which thing
-    row["overlay_things"] = [thing for _ in keyframes]
+    thoughts = []
+    for kind, thing, keyframes, label in motions:
+        phrases = vocabulary.phrases_for(kind)
+        times = [format_seconds(clip.times[t]) for t in keyframes]
+        thoughts.append(write_thought(rng, phrases, thing, times, label, f" {lib.rows.PLACEHOLDER} "))
+    row = base_row(clip, name, question, " ".join(thoughts), f"{key}. {options[0]}", subtask)
+    row["image_output"] = [overlay_name(clip, thing, t) for thing, t in shown]
+    row["overlay_frames"] = [t for _, t in shown]  # ours: which frame each overlay shows, and which thing
+    row["overlay_things"] = [thing for thing, _ in shown]
 
     # What the verbal form says in place of each overlay.
     locations = []
-    for t in keyframes:
-        location = centroid_and_area(clip.masks[thing][t : t + 1], clip.least_area)
+    for shown_thing, t in shown:
+        location = centroid_and_area(clip.masks[shown_thing][t : t + 1], clip.least_area)
         locations.append(f" It is {describe_location(location)}.")
-    return Draft(row, label, key, thing, keyframes, locations)
+    return Draft(row, options[0], key, thing, row["overlay_frames"], locations)
 
 
 def camera_rows(rng, clip):
     """A question per segment; its overlays are the first landmark's at the segment's two ends (Eq. 3)."""
     drafts = []
-    has_two = len(clip.camera) == 2
     for number, (start, end, label) in enumerate(clip.camera):
+        subtask = "camera_pair" if " and " in label else "camera_single"
         if len(clip.camera) > 1:
             subtask = "camera_segment"
-        else:
-            subtask = "camera_pair" if " and " in label else "camera_single"
         # the movement of the other segment is the best wrong option
-        other = clip.camera[1 - number][2] if has_two else None
+        other = clip.camera[1 - number][2] if len(clip.camera) == 2 else None
         options = camera_options(rng, label, other)
-        name = f"{start}->{end}"
-        drafts.append(make_row(rng, clip, subtask, clip.static[0], [start, end], options, name))
+        motions = [("camera", clip.static[0], [start, end], label)]
+        drafts.append(make_row(rng, clip, subtask, motions, options, f"{start}->{end}"))
     return drafts
 
 
@@ -446,7 +452,8 @@ def object_rows(rng, clip, overlays):
             if number > 0:
                 name += "_" + thing.replace(" ", "-")
             if options:
-                drafts.append(make_row(rng, clip, f"object_{kind}", thing, keyframes, options, name))
+                motions = [(kind, thing, keyframes, label)]
+                drafts.append(make_row(rng, clip, f"object_{kind}", motions, options, name))
     return drafts
 
 
@@ -464,45 +471,37 @@ def follow_rows(rng, clip, count):
         end = places[slots[-1]]
         options = [end, *[place for place in places if place != end]]
         name = "follow_" + thing.replace(" ", "-")
-        drafts.append(make_row(rng, clip, f"follow_{moved}", thing, keyframes, options, name))
+        motions = [("follow", thing, keyframes, end)]
+        drafts.append(make_row(rng, clip, f"follow_{moved}", motions, options, name))
     return drafts
 
 
-def rl_row(clip, name, subtask, question, lettered, key):
-    """A question in the release's 4DRL schema: options are fields of their own, and there is no reasoning."""
-    row = {"Type": subtask, "Question": question}
-    row.update(lettered)
-    row["Correct"] = key
-    row["video_path"] = ""
-    row["frame_paths"] = frame_names(clip)
-    row["times"] = clip.times
-    row["clip"] = clip.name
-    row["id"] = f"{clip.name}_{name}"
-    return row
-
-
 def compound_rows(rng, clip, kind):
-    """A 4DRL question, answer only: camera and object both move, or one camera movement follows the other."""
+    """A question about two motions: camera and object both move, or one camera movement follows the other.
+
+    The reasoning takes them one after the other.
+    """
     # The two true labels, and options that hold both.
     thing = clip.moving[0]
-    first = clip.camera[0][2]
     second = clip.facts[thing]["direction"] if kind == "both" else clip.camera[1][2]
-    noun = thing.split()[-1]
-    options = compound_options(rng, kind, first, second, noun)
-    begin, end = format_seconds(clip.times[0]), format_seconds(clip.times[-1])
-    question = pick_phrase(rng, vocabulary.phrases_for(kind)["ask"], thing=thing, a=begin, b=end)
-    _, lettered, key = shuffle_options(rng, question, options)
-    row = rl_row(clip, kind, f"compound_{kind}", question, lettered, key)
-    return [Draft(row, options[0])]
+    options = compound_options(rng, kind, clip.camera[0][2], second, thing.split()[-1])
+    motions = [("camera", clip.static[0], [start, end], label) for start, end, label in clip.camera]
+    if kind == "both":
+        motions.append(("direction", thing, [0, len(clip.times) - 1], second))
+    return [make_row(rng, clip, f"compound_{kind}", motions, options, kind)]
 
 
-def rl_follow_rows(rng, clip):
-    """A 4DRL question, answer only: where is one of the look-alikes in the end?"""
-    draft = follow_rows(rng, clip, 1)[0]
-    question, options = draft.row["text_input"].split("\n\n")
-    lettered = dict(line.split(". ", 1) for line in options.splitlines())
-    row = rl_row(clip, "follow", draft.row["subtask"], question, lettered, draft.key)
-    return [Draft(row, draft.label)]
+def rl_rows(rng, clip, make_rows):
+    """The drafts of make_rows(rng, clip) in the release's 4DRL schema: options as fields, no reasoning."""
+    drafts = []
+    for draft in make_rows(rng, clip):
+        question, options = draft.row["text_input"].split("\n\n")
+        row = {"Type": draft.row["subtask"], "Question": question}
+        row.update(line.split(". ", 1) for line in options.splitlines())
+        row.update(Correct=draft.key, video_path="", frame_paths=frame_names(clip))
+        row.update(times=clip.times, clip=clip.name, id=draft.row["id"])
+        drafts.append(Draft(row, draft.label))
+    return drafts
 
 
 def final_row(draft, form):
@@ -565,10 +564,11 @@ def make_valid_rows(make_rows, rng, clip):
         drafts = make_rows(rng, clip)
         bad = {}
         for draft in drafts:
-            for form in vocabulary.FORMS:
-                reason = validate(final_row(draft, form), draft.key)
-                if reason:
-                    bad[draft.row["id"]] = reason
+            reasons = [validate(final_row(draft, form), draft.key) for form in vocabulary.FORMS]
+            if any("hidden" in location for location in draft.locations):
+                reasons = ["an overlay shows nothing"]
+            if any(reasons):
+                bad[draft.row["id"]] = max(filter(None, reasons))
         if not bad:
             break
     return [draft for draft in drafts if draft.row["id"] not in bad], Counter(bad.values())
@@ -600,20 +600,21 @@ def toy_clip(c, split, number, make_rows=None):
 
 def draw_kind(c, rng, split):
     """What a clip of a split is asked about -> its kind, and the function (rng, clip) that makes its rows."""
-    share = rng.random()
+    # all of 4DRL's clips without look-alikes are asked about two motions, of DIFT's clips P_COMPOUND
     is_rl = split.startswith("rl")
-    if share < c.P_FOLLOW:
-        followed = c.FOLLOWED[0] if split == "train" else c.FOLLOWED[1]
-        return "follow", rl_follow_rows if is_rl else partial(follow_rows, count=followed)
-
-    # the rest: DIFT clips are asked about objects or about the camera, not about both
-    is_about_object = (share - c.P_FOLLOW) / (1 - c.P_FOLLOW) < c.P_OBJECT_CLIP
-    if is_rl:
-        kind = "both" if is_about_object else "sequence"
-        return kind, partial(compound_rows, kind=kind)
-    if is_about_object:
-        return "object", partial(object_rows, overlays=c.OVERLAYS)
-    return "camera", camera_rows
+    rest = 1 - c.P_FOLLOW
+    compound = rest * (1 if is_rl else c.P_COMPOUND)
+    p = c.P_OBJECT_CLIP
+    shares = [c.P_FOLLOW, compound * p, compound * (1 - p), (rest - compound) * p]
+    number = np.searchsorted(np.cumsum(shares), rng.random(), side="right")
+    kind = ["follow", "both", "sequence", "object", "camera"][number]
+    makers = {
+        "follow": partial(follow_rows, count={"train": c.FOLLOWED[0], "test": c.FOLLOWED[1]}.get(split, 1)),
+        "object": partial(object_rows, overlays=c.OVERLAYS),
+        "camera": camera_rows,
+    }
+    make_rows = makers.get(kind, partial(compound_rows, kind=kind))
+    return kind, partial(rl_rows, make_rows=make_rows) if is_rl else make_rows
 
 
 # ---------------------------------------------------------------- clips of real footage
@@ -837,9 +838,9 @@ def save_clips(c, folder, clips, dropped):
         for draft in drafts:
             records.append(draft.to_json())
             if draft.keyframes:
-                masks = clip.masks[draft.thing]
-                overlays = draw_overlays(c, clip.frames, masks, draft.keyframes)
-                images.update(zip(draft.row["image_output"], overlays))
+                row = draft.row
+                for name, thing, t in zip(row["image_output"], row["overlay_things"], row["overlay_frames"]):
+                    images[name] = draw_overlays(c, clip.frames, clip.masks[thing], [t])[0]
 
     # The renamed folder is whole, so a killed run leaves no half clip that looks finished.
     unfinished = folder.with_name(f"{folder.name}.part")

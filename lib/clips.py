@@ -62,12 +62,16 @@ class Draft:
 
 
 def is_in_time_order(names, times):
-    """Whether overlays, by the frame numbers in their names, show later and later moments of the clip."""
-    # a frame that the clip does not have is out of order, too
-    previous = -1
+    """Whether overlays, by the frame numbers in their names, show no moment after a later one.
+
+    Of each thing by itself: reasoning about two motions goes back to the beginning for the second one.
+    """
+    latest = {}
     for name in names:
-        frame = int(re.search(r"f(\d+)\.\w+$", name)[1])
-        if frame >= len(times) or times[frame] <= previous:
+        thing, frame = re.search(r"(.*)f(\d+)\.\w+$", name).groups()
+        frame = int(frame)
+        # a frame that the clip does not have is out of order, too
+        if frame >= len(times) or times[frame] < latest.get(thing, 0):
             return False
-        previous = times[frame]
+        latest[thing] = times[frame]
     return True
