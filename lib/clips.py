@@ -34,7 +34,7 @@ class Draft:
     row: dict  # in the release's schema, as the jsonl holds it in its imagery form
     label: str  # the true option's text
     key: str | None = None  # the true option's letter
-    thing: str = ""  # whose overlays the reasoning imagines
+    thing: str = ""  # that the question is about
     keyframes: list = field(default_factory=list)  # frame numbers of the overlays
     locations: list = field(default_factory=list)  # for each keyframe a sentence, for the verbal form
 

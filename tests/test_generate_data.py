@@ -386,6 +386,9 @@ def test_validator_names_each_defect():
         assert word.strip() in gd.validate(row | {"text_output": text}, "B"), word
     late = row | {"text_output": good, "image_output": row["image_output"][::-1]}
     assert "time order" in gd.validate(late, "B")
+    # each thing by itself: another one may begin anew
+    other = ["x/static_f0002.jpg", "x/dyn_f0000.jpg"]
+    assert gd.validate(row | {"text_output": good, "image_output": other}, "B") is None
     outside = row | {"text_output": good, "image_output": ["x/static_f0000.jpg", "x/static_f0007.jpg"]}
     assert "time order" in gd.validate(outside, "B")
     twice = row | {"text_output": good, "text_input": row["text_input"] + "\nC. Pan Right"}
@@ -496,6 +499,52 @@ def test_rl_rows_are_compound(folder):
         assert row["Type"] in ("compound_both", "compound_sequence")
         assert all(text.startswith(("Camera: ", "First ")) for text in options)
         assert len(row["frame_paths"]) == len(row["times"]) == c.FRAMES
+
+
+def test_reasoning_about_two_motions_is_that_of_either_one_after_the_other():
+    """P_COMPOUND: both labels in their order, each after its own key frames; hidden landmarks give no row."""
+    stage = override_constants(vars(gd), ["P_COMPOUND=1.0"])
+    kinds = Counter()
+    for number in range(30):
+        clip, drafts, dropped = gd.toy_clip(stage, "train", number)
+        landmark, thing = clip.static[0], clip.moving[0]
+        ends = sorted({frame for first, last, _ in clip.camera for frame in (first, last)})
+        is_seen = all(clip.masks[landmark][t].mean() >= c.HIDDEN_AREA for t in ends)
+        assert bool(drafts) == is_seen and bool(dropped) != is_seen
+        for draft in drafts:
+            row = draft.row
+            kinds[row["subtask"]] += 1
+            thought, answer = row["text_output"].split("</think>")
+            parts = thought.split(gd.lib.rows.PLACEHOLDER)
+            labels = [label for _, _, label in clip.camera]
+            if row["subtask"] == "compound_both":
+                labels.append(clip.facts[thing]["direction"])
+                assert row["overlay_things"] == [landmark, landmark, thing, thing]
+                assert row["overlay_frames"] == [0, LAST, 0, LAST]
+            else:
+                assert row["overlay_things"] == [landmark] * 4
+                assert row["overlay_frames"] == [0, ends[1], ends[1], LAST]
+            # a label follows its second key frame, and the answer holds both in this order
+            assert labels[0] in parts[2] and labels[1] in parts[4]
+            assert answer.index(labels[0]) < answer.rindex(labels[1])
+            assert draft.label in answer and gd.validate(row, draft.key) is None
+    assert set(kinds) == {"compound_both", "compound_sequence"}
+
+
+def test_share_of_questions_about_two_motions():
+    """P_COMPOUND is a share of the DIFT clips without look-alikes; 4DRL's clips do not depend on it."""
+    stage = override_constants(vars(gd), ["P_COMPOUND=0.25", "P_FOLLOW=0.2"])
+    kinds = {}
+    for split in ("train", "rl_train"):
+        rng = np.random.default_rng(0)
+        kinds[split] = Counter(gd.draw_kind(stage, rng, split)[0] for _ in range(4000))
+    shares = {"follow": 0.2, "both": 0.12, "sequence": 0.08, "object": 0.36, "camera": 0.24}
+    for kind, share in shares.items():
+        assert abs(kinds["train"][kind] / 4000 - share) < 0.03
+    shares = {"follow": 0.2, "both": 0.48, "sequence": 0.32}
+    assert set(kinds["rl_train"]) == set(shares)
+    for kind, share in shares.items():
+        assert abs(kinds["rl_train"][kind] / 4000 - share) < 0.03
 
 
 def test_same_seed_same_bytes_and_a_killed_run_continues(folder, monkeypatch, tmp_path):
