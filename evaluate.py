@@ -572,7 +572,8 @@ def draw(model, rows, out, log="", samples=8, train_rows=None, overlays=3000):
     if settings.video != "none":
         # the right answer with most imagery, and a wrong one
         most = max(drawings[: max(1, samples // 2)], key=lambda drawing: len(drawing.blocks))
-        draw_picture([most, drawings[-1]]).save(out / "picture.png")
+        pictured = [most] if drawings[-1] is most else [most, drawings[-1]]
+        draw_picture(pictured).save(out / "picture.png")
 
     # controls of the same weights only, not of another run's
     for file in sorted(out.parent.glob(f"{out.name}_*/summary.json")):

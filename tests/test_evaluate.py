@@ -490,6 +490,17 @@ def test_picture_and_report(world, faked, tmp_path):
         assert image.width > 1000 and image.height > 500
 
 
+def test_one_answer_is_drawn_once(world, faked, tmp_path):
+    rows, model, _ = world
+    widths = []
+    for name, limit in {"one": 1, "more": 4}.items():
+        evaluate.evaluate(model, rows, tmp_path / name, limit=limit)
+        evaluate.draw(model, rows, tmp_path / name)
+        with Image.open(tmp_path / name / "picture.png") as image:
+            widths.append(image.width)
+    assert widths[1] > 2 * widths[0]
+
+
 def test_draw_without_a_video_or_a_log(world, faked, tmp_path):
     rows, model, _ = world
     evaluate.evaluate(model, rows, tmp_path, Settings(video="none"), limit=3)
