@@ -33,7 +33,7 @@ def parse_table(path):
         if path.suffix == ".csv":
             return list(csv.DictReader(file, strict=True))
         if path.suffix == ".tsv":
-            return list(csv.DictReader(file, delimiter="\t", strict=True))
+            return whole_rows(path, csv.DictReader(file, delimiter="\t", strict=True))
         if path.suffix == ".jsonl":
             return parse_lines(path, file)
         entries = json.load(file)
@@ -44,6 +44,18 @@ def parse_table(path):
         # DSR-Train: a dict of videos, each with a list of its questions
         return [{"videoID": name, **entry} for name, questions in entries.items() for entry in questions]
     return list(entries.values())
+
+
+def whole_rows(path, rows):
+    """Rows of a tsv file -> the same as a list; exits where a stray quote joins several rows to one."""
+    entries = []
+    for number, row in enumerate(rows, 1):
+        for cell in row.values():
+            is_joined = "\n" in (cell or "") and "\t" in cell
+            wrong = f"{path}:{number}: a cell goes on in the next line, which a stray quote causes"
+            require(not is_joined, f"{wrong}; write two quotes for each that is meant.")
+        entries.append(row)
+    return entries
 
 
 def parse_lines(path, file):

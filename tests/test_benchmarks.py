@@ -748,6 +748,21 @@ def test_a_table_that_was_cut_off_loses_no_rows_silently(tmp_path):
     refused(lambda: benchmarks.read_benchmark("dsr", str(lines)), "b.jsonl:3", "JSON")
 
 
+def test_stray_quotes_do_not_join_rows_of_a_tsv(tmp_path):
+    """Two cells that begin with a quote take all rows between them into one; a line break alone is a text's."""
+    head = "video\tquestion\ttype\tanswer\toptions\n"
+    line = "v\tHow?\tabs_spd\tB\t['x', 'y']\n"
+    stray = line.replace("How?", '"How?')
+    end = line.replace("How?", '"Where"')
+    path = tmp_path / "b.tsv"
+    path.write_text(head + line + stray + line + end + line)
+    refused(lambda: tables.read_table(path), "b.tsv", "quote")
+    path.write_text(head + line + stray + line.replace("v\t", 'v"\t') + line)
+    refused(lambda: tables.read_table(path), "b.tsv:2", "stray quote")
+    path.write_text(head + line.replace("How?", '"How\nfast?"'))
+    assert [row["question"] for row in tables.read_table(path)] == ["How\nfast?"]
+
+
 def test_a_bad_row_of_a_version_is_one_of_four(tmp_path):
     """DSI-Bench: the n-th rows of the four versions stay together."""
     dsi_files(tmp_path)
