@@ -749,7 +749,7 @@ def test_a_table_that_was_cut_off_loses_no_rows_silently(tmp_path):
 
 
 def test_stray_quotes_do_not_join_rows_of_a_tsv(tmp_path):
-    """Two cells that begin with a quote take all rows between them into one; a line break alone is a text's."""
+    """Two cells that begin with a quote join all rows between them; a line break alone is text."""
     head = "video\tquestion\ttype\tanswer\toptions\n"
     line = "v\tHow?\tabs_spd\tB\t['x', 'y']\n"
     stray = line.replace("How?", '"How?')
