@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.background import (
+    SAME,
+    WINDOW,
     box_mean,
     fit_homography,
     improve_flow,
@@ -26,9 +28,12 @@ from lib.background import (
     stands_still,
 )
 from lib.clean_plate import find_changed
+from lib.geometry import mask_box
 
 LEAST_TEXTURE = 0.01  # of a normalised picture; where there is less, nothing is seen to move
 LEAST_STEP = 0.5  # pixels; what moves less between two frames is not seen to move
+MOST_NOISE = 0.2  # pixels; the flow is not noisier than that where the pictures differ
+DIFFERENT = 2.0  # times the background's difference from itself; what differs less has not moved
 NOISE_FACTOR = 4.0  # a pixel moves if its flow is so many times as large as the background's
 LEAST_PIXELS = 30  # of a region
 LEAST_OVERLAP = 0.35  # of a region and where the one before went, intersection over union
@@ -96,18 +101,36 @@ def measure_step(a, b, shape, is_still):
 
 def measure_pair(a, b, homography):
     """Two normalised pictures (H, W) and the homography between them -> Pair."""
-    return to_pair(homography, *measure_flow(a, b, homography))
+    return to_pair(homography, *measure_flow(a, b, homography), differences(homography, a, b))
 
 
 def polish(pair, a, b):
     """A Pair of several steps between two pictures (H, W) -> the same without what the steps added up to."""
-    return to_pair(pair.homography, *improve_flow(pair.flow, a, b, pair.homography))
+    flow, texture = improve_flow(pair.flow, a, b, pair.homography)
+    return to_pair(pair.homography, flow, texture, differences(pair.homography, a, b))
 
 
-def to_pair(homography, flow, texture):
-    """A homography, flow (H, W, 2) beyond it, texture (H, W) that the flow rests on -> Pair."""
+def differences(homography, a, b):
+    """A homography from a to b (H, W) -> what they differ by around each pixel, the root of a mean square.
+
+    What is not seen in b does not differ.
+    """
+    moved = sample(b, *move_points(homography, *pixel_grid(a.shape)))
+    return np.sqrt(box_mean(np.nan_to_num(moved - a) ** 2, WINDOW).clip(0))
+
+
+def to_pair(homography, flow, texture, differs):
+    """A homography, flow (H, W, 2) beyond it, texture (H, W) that the flow rests on, differences -> Pair.
+
+    Where the homography alone leads to the same picture nothing moves, whatever the flow says: on the edges
+    and the fine grain of a background that a moving camera passes it is often wrong.
+    """
     has_texture = texture > LEAST_TEXTURE
+    is_same = differs < min(SAME, DIFFERENT * calm_median(differs, has_texture))
     noise = noise_of(flow, has_texture)
+    if np.isfinite(noise):
+        noise = min(noise, MOST_NOISE)
+    flow = np.where((has_texture & is_same)[..., None], 0, flow)
     return Pair(homography, fill_flow(flow, has_texture), noise, has_texture)
 
 
@@ -151,17 +174,21 @@ def join(first, second):
 
 
 def noise_of(flow, has_texture):
-    """flow (H, W, 2) -> what it is where nothing moves: 1.48 times its median, of the calmer cells.
+    """flow (H, W, 2) -> what it is where nothing moves: 1.48 times its median, of the calmer cells."""
+    return 1.48 * calm_median(np.hypot(flow[..., 0], flow[..., 1]), has_texture)
+
+
+def calm_median(values, has_texture):
+    """values (H, W) -> their median where there is texture, of the calmer cells; infinite if too few have it.
 
     A quarter of the cells is calmer than that; so what moves may fill most of what has texture.
     """
-    lengths = np.where(has_texture, np.hypot(flow[..., 0], flow[..., 1]), np.nan)
     medians = []
-    for cell in split_into_cells(lengths):
+    for cell in split_into_cells(np.where(has_texture, values, np.nan)):
         known = cell[np.isfinite(cell)]
         if len(known) > 0.01 * cell.size:
             medians.append(np.median(known))
-    return 1.48 * float(np.quantile(medians, 0.25)) if len(medians) >= 3 else np.inf
+    return float(np.quantile(medians, 0.25)) if len(medians) >= 3 else np.inf
 
 
 def homographies_to_first(frames, onwards):
@@ -183,7 +210,7 @@ def improve_if_seen(homography, a, b):
     """A homography from a to b (H, W) -> a better one, if it is one: the two may show little in common."""
     better = homography
     for _ in range(6):
-        better = improve_homography(better, a, b, 8)
+        better = improve_homography(better, a, b, 5)
     is_better = share_explained(better, a, b) > share_explained(homography, a, b)
     return better if is_better else homography
 
@@ -210,7 +237,11 @@ def number_regions(masks):
 
 def list_regions(mask, least=LEAST_PIXELS):
     """mask (H, W) -> its connected regions of at least so many pixels, the largest first."""
-    numbers = number_regions(mask[None])[0]
+    numbers = np.zeros(mask.shape, int)
+    if mask.any():
+        # the numbers spread pixel by pixel, so what is empty around the mask is left out
+        x1, y1, x2, y2 = mask_box(mask)
+        numbers[y1:y2, x1:x2] = number_regions(mask[None, y1:y2, x1:x2])[0]
     found, counts = np.unique(numbers[numbers > 0], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return [numbers == found[i] for i in order if counts[i] >= least]

@@ -29,7 +29,7 @@ FRAMES = 22  # 4 to 1000; frames of a clip
 FPS = 12  # 1 to 100; frames a second
 # --- method
 SEGMENTER = "motion"  # a file of lib/segmenters that needs no mask files
-MIN_CONFIDENCE = 0.55  # 0 to 1; as in generate_data.py
+MIN_CONFIDENCE = 0.45  # 0 to 1; as in generate_data.py
 
 
 def write_video(path, frames, fps, codec="mpeg4"):
