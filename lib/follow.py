@@ -28,7 +28,6 @@ from lib.background import (
     stands_still,
 )
 from lib.clean_plate import find_changed
-from lib.geometry import mask_box
 
 LEAST_TEXTURE = 0.01  # of a normalised picture; where there is less, nothing is seen to move
 LEAST_STEP = 0.5  # pixels; what moves less between two frames is not seen to move
@@ -196,10 +195,18 @@ def homographies_to_first(frames, onwards):
 
     Each is fitted once more to the two frames themselves: what is chained adds up its errors.
     """
+    steps = np.array([pair.homography for pair in onwards])
+    return chain_bytes(frames.tobytes(), frames.shape, steps.tobytes())
+
+
+@functools.lru_cache(maxsize=2)
+def chain_bytes(data, shape, steps):
+    """As homographies_to_first, of bytes of frames and homographies: the masks and the plate ask alike."""
+    frames = np.frombuffer(data, np.uint8).reshape(shape)
     first, *others = [normalise(frame.mean(-1)) for frame in frames]
     chain = [np.eye(3)]
-    for picture, pair in zip(others, onwards):
-        homography = scaled(chain[-1] @ np.linalg.inv(pair.homography))
+    for picture, step in zip(others, np.frombuffer(steps).reshape(-1, 3, 3)):
+        homography = scaled(chain[-1] @ np.linalg.inv(step))
         if not np.allclose(homography, np.eye(3)):
             homography = improve_if_seen(homography, picture, first)
         chain.append(homography)
@@ -225,23 +232,31 @@ def number_regions(masks):
     previous = None
     while previous is None or (numbers != previous).any():
         previous = numbers
-        padded = np.pad(numbers, ((0, 0), (1, 1), (1, 1)))
-        right = padded[:, 1:-1, 2:]
-        left = padded[:, 1:-1, :-2]
-        below = padded[:, 2:, 1:-1]
-        above = padded[:, :-2, 1:-1]
-        largest = np.max([numbers, below, above, right, left], 0)
-        numbers = np.where(masks, largest, 0)
+        across = largest_of_runs(numbers)
+        numbers = largest_of_runs(across.swapaxes(1, 2)).swapaxes(1, 2)
     return numbers
+
+
+def largest_of_runs(numbers):
+    """numbers (T, H, W), 0 outside -> the same, each run along a row with its largest.
+
+    [0, 1, 2, 0, 3] -> [0, 2, 2, 0, 3].
+    """
+    # a gap ends each row
+    padded = np.pad(numbers, ((0, 0), (0, 0), (1, 1)))
+    flat = padded.ravel()
+    inside = flat > 0
+    begins = np.flatnonzero(inside[1:] & ~inside[:-1]) + 1
+    ends = np.flatnonzero(inside[:-1] & ~inside[1:]) + 1
+    if len(begins):
+        largest = np.maximum.reduceat(flat, begins)
+        flat[inside] = np.repeat(largest, ends - begins)
+    return padded[..., 1:-1]
 
 
 def list_regions(mask, least=LEAST_PIXELS):
     """mask (H, W) -> its connected regions of at least so many pixels, the largest first."""
-    numbers = np.zeros(mask.shape, int)
-    if mask.any():
-        # the numbers spread pixel by pixel, so what is empty around the mask is left out
-        x1, y1, x2, y2 = mask_box(mask)
-        numbers[y1:y2, x1:x2] = number_regions(mask[None, y1:y2, x1:x2])[0]
+    numbers = number_regions(mask[None])[0]
     found, counts = np.unique(numbers[numbers > 0], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return [numbers == found[i] for i in order if counts[i] >= least]
