@@ -353,14 +353,16 @@ def test_a_label_of_a_toy_video_is_true(tmp_path):
     """A clip without masks, read as mp4: the label is that of the thing's own path (tools/toy_videos.py)."""
     pytest.importorskip("av")
     c = SimpleNamespace(CAMERA="still", SEGMENTER="motion", MIN_CONFIDENCE=0.4, SIZE=320, FRAMES=22, FPS=12)
-    judged, reasons = judge_clip(stage_constants(c, tmp_path), 101, tmp_path, c.FPS)
+    judged, reasons, _ = judge_clip(stage_constants(c, tmp_path), 101, tmp_path, c.FPS)
     assert ("direction", True) in judged and all(is_right for _, is_right in judged), reasons
     # before a camera that pans too; one that travels gives none
     c.CAMERA = "moving"
-    judged, reasons = judge_clip(stage_constants(c, tmp_path / "moving"), 10, tmp_path / "moving", c.FPS)
-    assert ("direction", True) in judged and all(is_right for _, is_right in judged), reasons
-    judged, reasons = judge_clip(stage_constants(c, tmp_path / "moving"), 5, tmp_path / "moving", c.FPS)
-    assert not judged and "travels" in str(reasons)
+    stage = stage_constants(c, tmp_path / "moving")
+    judged, reasons, camera = judge_clip(stage, 10, tmp_path / "moving", c.FPS)
+    assert camera == "turning" and ("direction", True) in judged, reasons
+    assert all(is_right for _, is_right in judged)
+    judged, reasons, camera = judge_clip(stage, 5, tmp_path / "moving", c.FPS)
+    assert camera == "travelling" and not judged and "travels" in str(reasons)
 
 
 def test_a_wrong_label_of_a_toy_video_is_counted_as_wrong():
