@@ -83,8 +83,9 @@ def judge_labels(masks, labels, places, truth):
 
 
 def judge_clip(stage, number, folder, fps):
-    """Renders a toy clip, reads it as a video -> [(kind, whether it is right)], why others are not asked, and
-    its camera, "still" | "turning" | "travelling".
+    """Renders a toy clip, reads it as a video -> [(kind, whether it is right)], reasons, its camera.
+
+    Reasons count why others are not asked; the camera is as camera_of says.
     """
     truth, _, _ = generate_data.toy_clip(stage, "train", number)
     path = Path(folder, f"{number}.mp4")
