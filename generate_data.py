@@ -107,7 +107,7 @@ WINDOW = 8  # >= 4; frames of one clip of such a video; longer shots give severa
 MAX_FRAMES = 50  # >= 4; annotated clips with more frames are skipped (release)
 CUT_CHANGE = 0.15  # 0 to 1; share of the colours that changes at a cut (ours)
 MAX_CLIPS = 4  # >= 1; clips of one video that give rows, the surest that share no frame (ours)
-MIN_CONFIDENCE = 0.55  # 0 to 1; least score of an object row without poses and depth (ours)
+MIN_CONFIDENCE = 0.45  # 0 to 1; least score of an object row without poses and depth (ours)
 MAX_SIDE = 160  # >= 1; longer side of the stored frames, pixels (ours)
 MIN_MASK = 0.001  # 0 to 1; Eq. 2: least area of a mask, share of the frame (release)
 MAX_GROWTH = 4.0  # >= 1; Eq. 2: largest ratio between a mask's area and the median of its clip (ours)

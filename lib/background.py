@@ -21,7 +21,13 @@ CELLS = (4, 6)  # rows and columns of cells over a frame
 TEXTURE_SLOPE = 0.12  # of a normalised picture; a steeper pixel has texture
 SAME = 0.3  # of a normalised picture; what differs less is the same
 ENOUGH_EXPLAINED = 0.75  # share of a picture; a homography that explains more is not searched for again
+LITTLE_MORE = 0.02  # share of a cell; by more one homography explains it better than another
+FEW_CELLS = 0.2  # share of the cells; where no more of them move otherwise than by a turn, it is a turn
+FOCAL = 0.8  # longer sides; of a usual camera, by which a small turn is known
 TUKEY = 4.685  # residuals beyond so many standard deviations have no weight
+# (numbers that are free, steps) at the coarsest level, between, and at the finest
+TURN_STAGES = ([(2, 6), (4, 4)], [(4, 4)], [(4, 2), (5, 3)])
+FREE_STAGES = ([(2, 6), (6, 6)], [(6, 4), (8, 4)], [(8, 4)])
 # from pixels of a halved picture to those of the picture: a pixel's middle stands at 0
 DOUBLE = np.array([[2, 0, 0.5], [0, 2, 0.5], [0, 0, 1]])
 
@@ -187,7 +193,7 @@ def fit_homography(a, b):
 
     The search begins without motion. If that explains little, it begins with the best shift as well.
     """
-    found = climb(np.eye(3), a, b)
+    found = simplest_climb(np.eye(3), a, b)
     explained = share_explained(found, a, b)
     if explained > ENOUGH_EXPLAINED:
         return found
@@ -195,29 +201,45 @@ def fit_homography(a, b):
     pixel = 2 ** (len(levels_a) - 1)  # of the smallest level, in pixels
     shift = np.eye(3)
     shift[:2, 2] = pixel * np.array(find_shift(levels_a[-1], levels_b[-1]))
-    other = climb(shift, a, b)
+    other = simplest_climb(shift, a, b)
     return other if share_explained(other, a, b) > explained else found
+
+
+def simplest_climb(homography, a, b):
+    """As climb; that of a camera that turns and zooms, unless a free one explains more all over the picture.
+
+    A free one bends towards what moves by itself, and so explains more there: in few cells.
+    """
+    turn, free = climb(homography, a, b, TURN_STAGES), climb(homography, a, b, FREE_STAGES)
+    gains = cell_means(is_explained(free, a, b)) - cell_means(is_explained(turn, a, b))
+    is_turn = (gains > LITTLE_MORE).mean() <= FEW_CELLS
+    return turn if is_turn else free
+
+
+def is_explained(homography, a, b):
+    """What of the picture a (H, W) a homography takes to the same in b, (H, W) bool."""
+    moved = sample(b, *move_points(homography, *pixel_grid(a.shape)))
+    return np.abs(moved - a) < SAME
 
 
 def share_explained(homography, a, b):
     """The share of the picture a (H, W) that a homography takes to the same in b."""
-    moved = sample(b, *move_points(homography, *pixel_grid(a.shape)))
-    return float((np.abs(moved - a) < SAME).mean())
+    return float(is_explained(homography, a, b).mean())
 
 
-def climb(homography, a, b):
-    """A homography that takes a to b (H, W) -> a better one, from coarse to fine."""
+def climb(homography, a, b, all_stages):
+    """A homography that takes a to b (H, W) -> a better one, from coarse to fine, by stages of each level."""
     pairs = list(zip(pyramid(a), pyramid(b)))
     for _ in pairs[1:]:
         homography = np.linalg.inv(DOUBLE) @ homography @ DOUBLE
 
-    # The coarser a level, the fewer numbers are free: a shift, an affine map, all eight.
+    coarsest, between, finest = all_stages
     for level in reversed(range(len(pairs))):
-        stages = [(6, 4), (8, 4)]
+        stages = between
         if level == len(pairs) - 1:
-            stages = [(2, 6), (6, 6)]
+            stages = coarsest
         if level == 0:
-            stages = [(8, 4)]
+            stages = finest
         for freedom, steps in stages:
             for _ in range(steps):
                 homography = improve_homography(homography, *pairs[level], freedom)
@@ -239,8 +261,27 @@ def find_shift(a, b):
     return x, y
 
 
+def free_changes(freedom, shift):
+    """2, 4, 5, 6 or 8 -> what may change of a homography's eight numbers (8, freedom).
+
+    2: the camera pans and tilts; 4: it rolls and zooms too; 5: its lens is another; 6: an affine map; 8: all.
+    The eight are the shift x, y, the four of the affine map row by row, and how x and y change the depth.
+    shift: x, y of the frame's middle so far, which tells how a longer lens would differ.
+    """
+    if freedom > 5:
+        return np.eye(8)[:, :freedom]
+    # A pan shifts what is aside by more: by a share of the square of its distance in focal lengths.
+    nearer = -1 / (2 * FOCAL) ** 2  # in units of half the longer side
+    pan = [1, 0, 0, 0, 0, 0, nearer, 0]
+    tilt = [0, 1, 0, 0, 0, 0, 0, nearer]
+    zoom = [0, 0, 1, 0, 0, 1, 0, 0]
+    roll = [0, 0, 0, -1, 1, 0, 0, 0]
+    lens = [0, 0, 0, 0, 0, 0, *shift]
+    return np.array([pan, tilt, zoom, roll, lens][:freedom], float).T
+
+
 def improve_homography(homography, a, b, freedom):
-    """One Gauss-Newton step on the brightness, with Tukey's weights; `freedom` of eight numbers are free."""
+    """One Gauss-Newton step on the brightness, with Tukey's weights; freedom: of free_changes."""
     # pixels to units of half the longer side around the middle, in which all numbers are of one size
     height, width = a.shape
     size = max(a.shape) / 2
@@ -256,15 +297,16 @@ def improve_homography(homography, a, b, freedom):
     u, v = move_points(to_units, x, y)
     along = right * u + down * v
     slopes = [right, down, right * u, right * v, down * u, down * v, -along * u, -along * v]
-    slopes = size * np.stack(slopes[:freedom], -1)[is_seen]
+    middle = np.array([width / 2, height / 2])
+    free = free_changes(freedom, (np.array(move_points(homography, *middle)) - middle) / size)
+    slopes = size * np.stack(slopes, -1)[is_seen] @ free
     difference = (moved - a)[is_seen]
     deviation = 1.48 * np.median(np.abs(difference)) + 0.02
     weights = (1 - (difference / (TUKEY * deviation)) ** 2).clip(0) ** 2
     weighted = slopes * weights[:, None]
     system = weighted.T @ slopes + 1e-3 * np.eye(freedom)
 
-    change = np.zeros(8)
-    change[:freedom] = -np.linalg.solve(system, weighted.T @ difference)
+    change = -free @ np.linalg.solve(system, weighted.T @ difference)
     shift_x, shift_y, xx, xy, yx, yy, depth_x, depth_y = change
     small = np.eye(3) + [[xx, xy, shift_x], [yx, yy, shift_y], [depth_x, depth_y, 0]]
     return scaled(homography @ np.linalg.inv(to_units) @ small @ to_units)

@@ -32,18 +32,18 @@ LEAST_FRAMES = 4  # in a row, in which a thing is seen whole
 LEAST_WAY = 0.06  # frame widths; who moves less is not asked for a direction
 STILL = 0.02  # frame widths; a camera that moves the background less stands still
 NEARER = 3.0  # what stands still moves at most so many times as far as the background, by being nearer
-TURN_ERROR = (
-    0.025  # frame widths; a background that moves otherwise than by turning by more: the camera travels
-)
+# frame widths; a background that moves otherwise than by turning by more: the camera travels
+TURN_ERROR = 0.04
 LEAST_EXPLAINED = 0.85  # share of the frame outside of the thing that moves with the background
 OTHER_SIZE = 0.3  # another moving region of this share of the thing's size is another moving thing
 OTHER_FRAMES = 0.3  # share of the frames in which there may be one
 AROUND = 5  # pixels; in such a square around a mask there may be more of the thing
 LEAST_SHARED = 8  # pixels that a mask and a region share, if the region is of the thing
-COVER = (0.35, 0.85)  # overlap of the mask and of what differs from the plate, worst and best
+COVER = (0.45, 0.84)  # overlap of the mask and of what differs from the plate, worst and best
 MOVING_VIEWS = 12  # frames of the shot that are fitted to a clip of a moving camera; more take long
 HALO = 3  # pixels; what moves is found so far beyond the thing
-FOCALS = (0.6, 0.75, 0.9, 1.1, 1.4, 1.8, 2.5, 4.0)  # focal lengths that are tried, in longer sides
+FOCALS = (0.5, 0.6, 0.75, 0.9, 1.1, 1.4, 1.8, 2.5, 4.0)  # focal lengths that are tried, in longer sides
+FINER = (1.1, 1.05, 1.025, 1.012, 1.006)  # factors by which the best of them is changed to a better one
 
 FLAWS = {
     "border": "clips have a moving object at the border, or for fewer than four frames in a row",
@@ -79,6 +79,7 @@ class Track:
     path: np.ndarray  # (n, 2) its centre x, y on the first frame, in frame widths
     flow_way: np.ndarray  # (2,) the same way from first to last by the flow inside the masks
     growth: np.ndarray  # (3,) log growth from first to last by the flow, the area and the height
+    stretch: float  # log growth of what is at the last centre, if it is seen as in the first frame
     strength: float  # flow inside the masks over the background's noise, the median of all frames
     slip: float  # most that a step's centre differs from where the flow leads, in roots of the area
     wholeness: float  # of the last mask: how much of what moves there it bounds, intersection over union
@@ -115,16 +116,20 @@ def corner_shift(homography, other, shape):
 def turn_error(homography, shape):
     """How far, in frame widths, a homography is from that of a camera that only turns, K R K^-1.
 
-    The focal length is not known: the best of FOCALS counts.
+    The focal length is not known: the best one counts. A wide turn shows it well, so it is found closely.
     """
     height, width = shape
-    errors = []
-    for focal in FOCALS:
+
+    def error(focal):
         length = focal * max(shape)
         to_pixels = np.array([[length, 0, width / 2], [0, length, height / 2], [0, 0, 1]])
         turn = to_pixels @ turn_like(homography, to_pixels) @ np.linalg.inv(to_pixels)
-        errors.append(corner_shift(homography, turn, shape))
-    return min(errors)
+        return corner_shift(homography, turn, shape)
+
+    best = min(FOCALS, key=error)
+    for factor in FINER:
+        best = min((best / factor, best, best * factor), key=error)
+    return error(best)
 
 
 def turn_like(homography, to_pixels):
@@ -155,9 +160,23 @@ def centre_of(mask):
 
 
 def moving_pixels(pair, mask):
-    """The pixels of a mask (H, W) that are seen to move, all of them if none is; a bare surface is not."""
-    moves = mask & (pair.strength() > 1)
-    return moves if moves.any() else mask
+    """The pixels of a mask (H, W) that are seen to move, all of them if none is.
+
+    Those whose flow was measured come first: filled in beside what stands still it is too short.
+    """
+    for measured in (True, False):
+        moves = mask & (pair.strength(measured) > 1)
+        if moves.any():
+            return moves
+    return mask
+
+
+def stretch_at(homography, x, y):
+    """Log by which lengths around a point grow through a homography: half that of the area."""
+    here = np.array(move_points(homography, x, y))
+    right = np.array(move_points(homography, x + 1, y)) - here
+    down = np.array(move_points(homography, x, y + 1)) - here
+    return float(np.log(abs(right[0] * down[1] - right[1] * down[0])) / 2)
 
 
 def growth_by_flow(pair, mask):
@@ -226,6 +245,7 @@ def measure_track(frames, masks, run, onwards, moving):
         path=path / width,
         flow_way=flow_way / width,
         growth=np.array(growth),
+        stretch=stretch_at(to_start[-1], *centres[-1]),
         strength=float(np.median(strengths)),
         slip=max(slips),
         wholeness=wholeness(masks[run[-1]], moving[run[-1]]),
@@ -297,9 +317,10 @@ def judge_direction(track):
     sure = [rise(length, 0.6 * LEAST_WAY, 2 * LEAST_WAY)]
     sure += [rise(length / max(total, 1e-9), 0.5, 1), rise(disagreement, 0.8, 0.1)]
 
-    # Sideways in shares of the depth, and by how much of the depth it nears or recedes.
+    # Sideways in shares of the depth, and by how much of the depth it nears or recedes: by its size as the
+    # first frame would show it, since a camera that turns shows what is aside larger.
     lateral = length * view_width(66.0)
-    forward = abs(np.expm1(-np.median(track.growth)))
+    forward = abs(np.expm1(-np.median(track.growth) - track.stretch))
     names = list(DIRECTIONS)[:8]
     cosines = []
     for name in names:
@@ -317,16 +338,20 @@ def judge_distance(track):
     """
     closer, farther, same = list(DISTANCES)[:3]
     way = np.hypot(*(track.path[-1] - track.path[0]))
-    if np.abs(track.growth).max() < 0.2:
+    # a wide turn changes sizes by itself: what is aside is shown larger
+    steady = rise(track.camera_way, 0.4, 0.1)
+    if np.abs(track.growth).max() < 0.17:
         # that it stays where it is says little of what hardly moves
-        return same, min(rise(np.abs(track.growth).max(), 0.2, 0), rise(way, 0.6 * LEAST_WAY, 2 * LEAST_WAY))
+        return same, min(
+            steady, rise(np.abs(track.growth).max(), 0.17, 0), rise(way, 0.6 * LEAST_WAY, 2 * LEAST_WAY)
+        )
     is_one_way = (track.growth > 0).all() or (track.growth < 0).all()
     if not is_one_way:
         return same, 0.0
     label = closer if track.growth[0] > 0 else farther
     areas = np.log(track.masks.sum((1, 2))) / 2
     steps = np.diff(areas) * np.sign(track.growth[0])
-    return label, min(rise(np.abs(track.growth).min(), 0.1, 0.5), rise(-steps.min(), 0.15, 0))
+    return label, min(steady, rise(np.abs(track.growth).min(), 0.1, 0.5), rise(-steps.min(), 0.15, 0))
 
 
 def judge_box(track):

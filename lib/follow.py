@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.background import (
+    SAME,
+    WINDOW,
     box_mean,
     fit_homography,
     improve_flow,
@@ -29,6 +31,8 @@ from lib.clean_plate import find_changed
 
 LEAST_TEXTURE = 0.01  # of a normalised picture; where there is less, nothing is seen to move
 LEAST_STEP = 0.5  # pixels; what moves less between two frames is not seen to move
+MOST_NOISE = 0.2  # pixels; the flow is not noisier than that where the pictures differ
+DIFFERENT = 2.0  # times the background's difference from itself; what differs less has not moved
 NOISE_FACTOR = 4.0  # a pixel moves if its flow is so many times as large as the background's
 LEAST_PIXELS = 30  # of a region
 LEAST_OVERLAP = 0.35  # of a region and where the one before went, intersection over union
@@ -96,18 +100,36 @@ def measure_step(a, b, shape, is_still):
 
 def measure_pair(a, b, homography):
     """Two normalised pictures (H, W) and the homography between them -> Pair."""
-    return to_pair(homography, *measure_flow(a, b, homography))
+    return to_pair(homography, *measure_flow(a, b, homography), differences(homography, a, b))
 
 
 def polish(pair, a, b):
     """A Pair of several steps between two pictures (H, W) -> the same without what the steps added up to."""
-    return to_pair(pair.homography, *improve_flow(pair.flow, a, b, pair.homography))
+    flow, texture = improve_flow(pair.flow, a, b, pair.homography)
+    return to_pair(pair.homography, flow, texture, differences(pair.homography, a, b))
 
 
-def to_pair(homography, flow, texture):
-    """A homography, flow (H, W, 2) beyond it, texture (H, W) that the flow rests on -> Pair."""
+def differences(homography, a, b):
+    """A homography from a to b (H, W) -> what they differ by around each pixel, the root of a mean square.
+
+    What is not seen in b does not differ.
+    """
+    moved = sample(b, *move_points(homography, *pixel_grid(a.shape)))
+    return np.sqrt(box_mean(np.nan_to_num(moved - a) ** 2, WINDOW).clip(0))
+
+
+def to_pair(homography, flow, texture, differs):
+    """A homography, flow (H, W, 2) beyond it, texture (H, W) that the flow rests on, differences -> Pair.
+
+    Where the homography alone leads to the same picture nothing moves, whatever the flow says: on the edges
+    and the fine grain of a background that a moving camera passes it is often wrong.
+    """
     has_texture = texture > LEAST_TEXTURE
+    is_same = differs < min(SAME, DIFFERENT * calm_median(differs, has_texture))
     noise = noise_of(flow, has_texture)
+    if np.isfinite(noise):
+        noise = min(noise, MOST_NOISE)
+    flow = np.where((has_texture & is_same)[..., None], 0, flow)
     return Pair(homography, fill_flow(flow, has_texture), noise, has_texture)
 
 
@@ -151,17 +173,21 @@ def join(first, second):
 
 
 def noise_of(flow, has_texture):
-    """flow (H, W, 2) -> what it is where nothing moves: 1.48 times its median, of the calmer cells.
+    """flow (H, W, 2) -> what it is where nothing moves: 1.48 times its median, of the calmer cells."""
+    return 1.48 * calm_median(np.hypot(flow[..., 0], flow[..., 1]), has_texture)
+
+
+def calm_median(values, has_texture):
+    """values (H, W) -> their median where there is texture, of the calmer cells; infinite if too few have it.
 
     A quarter of the cells is calmer than that; so what moves may fill most of what has texture.
     """
-    lengths = np.where(has_texture, np.hypot(flow[..., 0], flow[..., 1]), np.nan)
     medians = []
-    for cell in split_into_cells(lengths):
+    for cell in split_into_cells(np.where(has_texture, values, np.nan)):
         known = cell[np.isfinite(cell)]
         if len(known) > 0.01 * cell.size:
             medians.append(np.median(known))
-    return 1.48 * float(np.quantile(medians, 0.25)) if len(medians) >= 3 else np.inf
+    return float(np.quantile(medians, 0.25)) if len(medians) >= 3 else np.inf
 
 
 def homographies_to_first(frames, onwards):
@@ -169,10 +195,18 @@ def homographies_to_first(frames, onwards):
 
     Each is fitted once more to the two frames themselves: what is chained adds up its errors.
     """
+    steps = np.array([pair.homography for pair in onwards])
+    return chain_bytes(frames.tobytes(), frames.shape, steps.tobytes())
+
+
+@functools.lru_cache(maxsize=2)
+def chain_bytes(data, shape, steps):
+    """As homographies_to_first, of bytes of frames and homographies: the masks and the plate ask alike."""
+    frames = np.frombuffer(data, np.uint8).reshape(shape)
     first, *others = [normalise(frame.mean(-1)) for frame in frames]
     chain = [np.eye(3)]
-    for picture, pair in zip(others, onwards):
-        homography = scaled(chain[-1] @ np.linalg.inv(pair.homography))
+    for picture, step in zip(others, np.frombuffer(steps).reshape(-1, 3, 3)):
+        homography = scaled(chain[-1] @ np.linalg.inv(step))
         if not np.allclose(homography, np.eye(3)):
             homography = improve_if_seen(homography, picture, first)
         chain.append(homography)
@@ -183,7 +217,7 @@ def improve_if_seen(homography, a, b):
     """A homography from a to b (H, W) -> a better one, if it is one: the two may show little in common."""
     better = homography
     for _ in range(6):
-        better = improve_homography(better, a, b, 8)
+        better = improve_homography(better, a, b, 5)
     is_better = share_explained(better, a, b) > share_explained(homography, a, b)
     return better if is_better else homography
 
@@ -198,14 +232,26 @@ def number_regions(masks):
     previous = None
     while previous is None or (numbers != previous).any():
         previous = numbers
-        padded = np.pad(numbers, ((0, 0), (1, 1), (1, 1)))
-        right = padded[:, 1:-1, 2:]
-        left = padded[:, 1:-1, :-2]
-        below = padded[:, 2:, 1:-1]
-        above = padded[:, :-2, 1:-1]
-        largest = np.max([numbers, below, above, right, left], 0)
-        numbers = np.where(masks, largest, 0)
+        across = largest_of_runs(numbers)
+        numbers = largest_of_runs(across.swapaxes(1, 2)).swapaxes(1, 2)
     return numbers
+
+
+def largest_of_runs(numbers):
+    """numbers (T, H, W), 0 outside -> the same, each run along a row with its largest.
+
+    [0, 1, 2, 0, 3] -> [0, 2, 2, 0, 3].
+    """
+    # a gap ends each row
+    padded = np.pad(numbers, ((0, 0), (0, 0), (1, 1)))
+    flat = padded.ravel()
+    inside = flat > 0
+    begins = np.flatnonzero(inside[1:] & ~inside[:-1]) + 1
+    ends = np.flatnonzero(inside[:-1] & ~inside[1:]) + 1
+    if len(begins):
+        largest = np.maximum.reduceat(flat, begins)
+        flat[inside] = np.repeat(largest, ends - begins)
+    return padded[..., 1:-1]
 
 
 def list_regions(mask, least=LEAST_PIXELS):
