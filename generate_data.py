@@ -565,10 +565,11 @@ def make_valid_rows(make_rows, rng, clip):
         bad = {}
         for draft in drafts:
             reasons = [validate(final_row(draft, form), draft.key) for form in vocabulary.FORMS]
-            if any("hidden" in location for location in draft.locations):
+            # the verbal form's words for a thing that is not seen
+            if " It is hidden." in draft.locations:
                 reasons = ["an overlay shows nothing"]
             if any(reasons):
-                bad[draft.row["id"]] = max(filter(None, reasons))
+                bad[draft.row["id"]] = next(filter(None, reasons))
         if not bad:
             break
     return [draft for draft in drafts if draft.row["id"] not in bad], Counter(bad.values())

@@ -340,11 +340,10 @@ def judge_distance(track):
     way = np.hypot(*(track.path[-1] - track.path[0]))
     # a wide turn changes sizes by itself: what is aside is shown larger
     steady = rise(track.camera_way, 0.4, 0.1)
-    if np.abs(track.growth).max() < 0.17:
+    most = np.abs(track.growth).max()
+    if most < 0.17:
         # that it stays where it is says little of what hardly moves
-        return same, min(
-            steady, rise(np.abs(track.growth).max(), 0.17, 0), rise(way, 0.6 * LEAST_WAY, 2 * LEAST_WAY)
-        )
+        return same, min(steady, rise(most, 0.17, 0), rise(way, 0.6 * LEAST_WAY, 2 * LEAST_WAY))
     is_one_way = (track.growth > 0).all() or (track.growth < 0).all()
     if not is_one_way:
         return same, 0.0

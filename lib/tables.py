@@ -50,10 +50,9 @@ def whole_rows(path, rows):
     """Rows of a tsv file -> the same as a list; exits where a stray quote joins several rows to one."""
     entries = []
     for number, row in enumerate(rows, 1):
-        for cell in row.values():
-            is_joined = "\n" in (cell or "") and "\t" in cell
-            wrong = f"{path}:{number}: a cell goes on in the next line, which a stray quote causes"
-            require(not is_joined, f"{wrong}; write two quotes for each that is meant.")
+        is_joined = any("\n" in (cell or "") and "\t" in cell for cell in row.values())
+        wrong = f"{path}:{number}: a cell goes on in the next line, which a stray quote causes"
+        require(not is_joined, f"{wrong}; write two quotes for each that is meant.")
         entries.append(row)
     return entries
 

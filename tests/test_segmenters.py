@@ -175,7 +175,8 @@ def test_where_nothing_moves_nothing_is_asked(pan):
     clip, reasons = made(camera_clip(pan=pan))
     assert not clip.moving and len(reasons) == 1
     # at the rim of a picture that passes by, something may seem to move
-    assert re.search("nothing that clearly moves|border", next(iter(reasons)))
+    expected = "nothing that clearly moves|border" if pan else "nothing that clearly moves"
+    assert re.search(expected, next(iter(reasons)))
 
 
 @pytest.mark.parametrize(
@@ -329,11 +330,9 @@ def test_a_turn_changes_sizes_but_not_directions():
     """What a pan brings to the middle looks smaller there; as the first frame shows it, it is as large."""
     to_first = np.linalg.inv(turned(25, "pan"))
     stretch = evidence.stretch_at(to_first, 80, 45)
-    assert (
-        stretch > 0.1
-        and abs(evidence.stretch_at(2 * np.eye(3) + [[0, 0, 5], [0, 0, 0], [0, 0, -1]], 3, 4) - np.log(2))
-        < 1e-6
-    )
+    twice_as_large = np.diag([2, 2, 1]) + [[0, 0, 5], [0, 0, 0], [0, 0, 0]]
+    assert stretch > 0.1
+    assert abs(evidence.stretch_at(twice_as_large, 3, 4) - np.log(2)) < 1e-6
     margins = []
     for shown in (0, stretch):
         track = SimpleNamespace(
