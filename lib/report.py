@@ -97,6 +97,9 @@ def draw_block(row, number, imagined, true, readout):
         overlay = labelled_image(row.image_output[number], FRAME_WIDTH, label)
         images[KINDS[0]] = overlay
         size = overlay.size
+    elif row.image_input:
+        # one block too many has the shape of a frame
+        size = labelled_image(row.image_input[0], FRAME_WIDTH, "").size
     if readout and number < len(true):
         images[KINDS[1]] = readout.draw(true[number], size)
     if readout:

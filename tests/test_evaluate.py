@@ -6,6 +6,7 @@ import json
 import math
 import re
 import zlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -551,6 +552,17 @@ def test_many_key_frames_are_drawn_in_groups_of_lines():
     lines = report.draw_blocks([*blocks[:2], {"imagined": image}], 788)
     assert len(lines) == 3  # a block that is imagined beyond the true ones
     assert report.draw_blocks([], 788) == []
+
+
+def test_a_block_too_many_has_the_shape_of_the_frames(world, tmp_path):
+    rows, _, _ = world
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (160, 90)).save(wide)
+    row = dataclasses.replace(rows[0], image_input=[str(wide)], image_output=[])
+    readout = SimpleNamespace(draw=lambda latents, size: Image.new("RGB", size))
+    drawn = report.draw_block(row, 0, None, [], readout)
+    width, height = drawn["imagined"].size
+    assert list(drawn) == ["imagined"] and width / height == pytest.approx(160 / 90, rel=0.02)
 
 
 def things_of(rows):
