@@ -16,6 +16,7 @@ none. NaN and infinity are always refused.
 """
 
 import ast
+import copy
 import difflib
 import io
 import math
@@ -98,7 +99,8 @@ def override_constants(namespace, argv=None, base=None):
         ranges.update(read_ranges(globals_of.get("__file__")))
         for name, value in globals_of.items():
             if name.isupper() and isinstance(value, SETTABLE):
-                defaults[name] = value
+                # a list that the script fills later is not saved with the run
+                defaults[name] = copy.deepcopy(value)
 
     constants = dict(defaults)
     for word in sys.argv[1:] if argv is None else argv:

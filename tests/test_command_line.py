@@ -69,6 +69,13 @@ def test_the_globals_stay_as_they_are():
     assert set(vars(c)) == {name for name in namespace if name.isupper()} - {"FUNCTION", "MODULE"}
 
 
+def test_a_list_that_the_script_fills_is_not_saved_with_the_run():
+    namespace = script_globals()
+    c = override_constants(namespace, [])
+    namespace["FILES"].append(len)
+    assert json.loads(json.dumps(vars(c)))["FILES"] == ["a"]
+
+
 def test_without_a_list_of_words_they_come_from_the_command_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py", "STEPS=3"])
     assert override_constants(script_globals()).STEPS == 3
