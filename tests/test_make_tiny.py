@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from lib import geometry, vocabulary
 from lib.clips import Clip
 from lib.command_line import override_constants
 from lib.rows import read_rows
-from tools import make_tiny
+from tools import make_tiny, measure_base
 
 FEW = ["CLIPS=4", "TEST_CLIPS=2", "OPTION_ROWS=60", "OPTION_TEST_ROWS=6", "TOY_CLIPS=(4, 2, 1, 1)"]
 FEW += ["EYES=(4, 3, 1e-3)", "VOCAB=512", "MICRO_BATCH=4", "PROCESSES=1", "WORKERS=2"]
@@ -447,3 +448,10 @@ def test_a_tiny_network_is_reproducible_and_speaks_its_data(tiny, tmp_path):
     config = json.loads((tiny / "base" / "config.json").read_text())
     assert config["video_token_id"] == tokenizer.convert_tokens_to_ids("<|video_pad|>")
     assert F.one_hot(torch.tensor(tokenizer("é 字")["input_ids"])).sum() > 2  # any text has tokens
+
+
+def test_a_letter_is_bound_if_it_is_that_of_the_words_beside_it():
+    question = SimpleNamespace(text_input="Pick.\n\nA. Left\nB. Far Left")
+    texts = ["<answer>A. Left</answer>", "<answer>B. Left</answer>", "<answer>B. Far Left</answer>"]
+    texts += ["<answer>A. Right</answer>", "<answer>A.", "Left"]  # no option's words
+    assert measure_base.bound_letters([question] * 6, texts) == [True, False, True]

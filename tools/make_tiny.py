@@ -6,9 +6,9 @@ Out: OUT/rows/pretrain{,_test}.jsonl   rows that ground ("track", "cells") and b
      OUT/rows/stage_*.jsonl            what each stage learns from
      OUT/random/                       the tokenizer and a network of random weights
      OUT/eyes/                         the same, its visual encoder trained by itself
-     OUT/<stage>/step_*/               checkpoints; the last stage's is what assets/tiny holds
+     OUT/<stage>/step_*/               checkpoints; the last stage's is a base like assets/tiny
 
-    python -m tools.make_tiny                                                 # 70 minutes on two cores
+    python -m tools.make_tiny                                                 # 100 minutes on two cores
     python -m tools.make_tiny CLIPS=8 OPTION_ROWS=60 MOST_STEPS=2 OUT=out/trial     # does it run at all
 
 Not a stage that a user runs. The visual encoder learns first, by a head that is thrown away, what each of its

@@ -4,7 +4,8 @@
 
 Prints a line each for x, y, size words ("track"), letters of "pick the option that says", the share of the
 visual tokens' variance that is their place, and the motion questions of test_imagery.jsonl, with the number
-of items and the 95 % interval.
+of items and the 95 % interval. A letter is right if it is the key's. It is bound if it is that of the option
+that the answer itself names, be it the asked one or not; answers that name no option do not count there.
 """
 
 import re
@@ -15,7 +16,7 @@ import torch
 from evaluate import Settings, evaluate
 from lib.command_line import override_constants
 from lib.place import place_directions
-from lib.rows import read_rows
+from lib.rows import read_options, read_rows
 from lib.scores import wilson_interval
 from model import VisionCache, encode_row, generate, load_model
 
@@ -67,6 +68,17 @@ def letter(text):
     return found.group(1) if found else None
 
 
+def bound_letters(rows, texts):
+    """[whether the letter is that of the words beside it] of the answers whose words are an option."""
+    bound = []
+    for row, text in zip(rows, texts):
+        options = read_options(row.text_input)
+        found = re.search(r"<answer>([A-F])\. (.*?)</answer>", text)
+        if found and found.group(2) in options.values():
+            bound.append(options.get(found.group(1)) == found.group(2))
+    return bound
+
+
 def show(name, right, count):
     """One line of the table; of a kind that the data does not hold it says so."""
     if count == 0:
@@ -94,6 +106,8 @@ def main():
     texts = answers(model, options, 60, c.BATCH)
     right = sum(letter(row.text_output) == letter(text) for row, text in zip(options, texts))
     show("options, letters", right, len(options))
+    bound = bound_letters(options, texts)
+    show("options, bound letters", sum(bound), len(bound))
 
     # how much of a visual token is its place
     vision = VisionCache(model)

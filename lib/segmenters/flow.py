@@ -1,4 +1,4 @@
-"""SEGMENTER="flow": as "motion", with OpenCV's optical flow; it finds smaller and faster things.
+"""SEGMENTER="flow": as "motion", with OpenCV's optical flow; less than half the time.
 
 The flow is that of dense inverse search (Kroeger et al., 2016), the background a homography by a robust
 consensus of it (MAGSAC++). Needs `pip install opencv-python-headless`.
