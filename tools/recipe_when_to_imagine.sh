@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # 4DRL finds out when to imagine: look-alikes, half of DIFT's rows with imagery and half without. Then questions and
-# keys alone, with a format reward that does not ask for imagery.
+# keys alone, with a format reward that does not ask for imagery. The control has never learned to imagine.
 #
 #     SEEDS=0 bash tools/recipe_when_to_imagine.sh     # about an hour on two cores
 #     bash tools/recipe_when_to_imagine.sh             # three seeds
@@ -36,9 +36,12 @@ cp $data/test_imagery.jsonl $data/half_test.jsonl
 
 for seed in $SEEDS; do
     torchrun dift.py DATA=$data/half.jsonl OUT=$ROOT/half_$seed SEED=$seed $DIFT_OPTIONS
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 grpo4d.py MODEL=$ROOT/half_$seed OUT=$ROOT/half_4drl_$seed \
-        DATA=$data/rl_train.jsonl HOLDOUT=$data/rl_test.jsonl SINGLES=$once/test_imagery.jsonl \
-        FORMAT_NEEDS_IMAGERY=False SEED=$seed $RL_OPTIONS
+    torchrun dift.py DATA=$data COT=noimage OUT=$ROOT/never_$seed SEED=$seed $DIFT_OPTIONS
+    for model in half never; do
+        OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 grpo4d.py MODEL=$ROOT/${model}_$seed OUT=$ROOT/${model}_4drl_$seed \
+            DATA=$data/rl_train.jsonl HOLDOUT=$data/rl_test.jsonl SINGLES=$once/test_imagery.jsonl \
+            FORMAT_NEEDS_IMAGERY=False SEED=$seed $RL_OPTIONS
+    done
     # greedy scores hide how often it imagines: before, the likelier of two starts is always the same
     for model in half_$seed half_4drl_$seed; do
         python evaluate.py MODEL=$ROOT/$model DATA=$data/rl_test.jsonl TEMPERATURE=1.0 \
