@@ -2,7 +2,7 @@
 # 4DRL finds out when to imagine: look-alikes, half of DIFT's rows with imagery and half without. Then questions and
 # keys alone, with a format reward that does not ask for imagery. The control has never learned to imagine.
 #
-#     SEEDS=0 bash tools/recipe_when_to_imagine.sh     # about an hour on two cores
+#     SEEDS=0 bash tools/recipe_when_to_imagine.sh     # about an hour and a half on two cores
 #     bash tools/recipe_when_to_imagine.sh             # three seeds
 #     TRIAL=1 bash tools/recipe_when_to_imagine.sh     # does it run at all? A minute or two, into out/trial
 #
