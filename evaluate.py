@@ -541,7 +541,7 @@ def draw(model, rows, out, log="", samples=8, train_rows=None, overlays=3000):
     """Answers some rows of `out` again, right and wrong ones, and draws out/picture.png and out/report.html.
 
     log: the training run's log.jsonl, for the curves. The imagery is drawn by a readout, fitted on at most so
-    many overlays of train_rows, or of half of the rows if there are none; its R² goes to out/summary.json.
+    many overlays of train_rows, or of half of the rows if those are few; its R² goes to out/summary.json.
     The report also shows the scores of the controls that stand beside `out`, such as eval_video-none.
     """
     out = Path(out)

@@ -379,9 +379,9 @@ def write_thought(rng, phrases, thing, times, label, gap):
 def make_row(rng, clip, subtask, motions, options, name):
     """Eq. 4: a question about a clip, whose reasoning imagines a thing at its key frames -> Draft.
 
-    motions: [(kind of question, thing, key frames, label)], most questions have one; the last one's thing is
-    asked about. options: 4 texts, the truth first. Each step of the reasoning ends with a placeholder for an
-    overlay.
+    motions: [(kind of question, thing, key frames, label)], most questions have one; the last key frame's
+    thing is asked about. options: 4 texts, the truth first. Each key frame's step of the reasoning ends with
+    a placeholder for an overlay.
     """
     # The question, with times and sizes in its phrase and its options in random order.
     family, kind = subtask.split("_")
@@ -467,11 +467,10 @@ def follow_rows(rng, clip, count):
     for thing in rng.permutation(clip.moving).tolist()[:count]:
         slots = clip.slots[thing]
         moved = sum(now != then for now, then in zip(slots, slots[1:]))
-        places = vocabulary.VOCABULARY["follow"]
-        end = places[slots[-1]]
-        options = [end, *[place for place in places if place != end]]
+        options = list(vocabulary.VOCABULARY["follow"])
+        options.insert(0, options.pop(slots[-1]))
         name = "follow_" + thing.replace(" ", "-")
-        motions = [("follow", thing, keyframes, end)]
+        motions = [("follow", thing, keyframes, options[0])]
         drafts.append(make_row(rng, clip, f"follow_{moved}", motions, options, name))
     return drafts
 
@@ -479,7 +478,7 @@ def follow_rows(rng, clip, count):
 def compound_rows(rng, clip, kind):
     """A question about two motions: camera and object both move, or one camera movement follows the other.
 
-    The reasoning takes them one after the other.
+    The reasoning takes them one after the other and then says both.
     """
     # The two true labels, and options that hold both.
     thing = clip.moving[0]
@@ -488,6 +487,7 @@ def compound_rows(rng, clip, kind):
     motions = [("camera", clip.static[0], [start, end], label) for start, end, label in clip.camera]
     if kind == "both":
         motions.append(("direction", thing, [0, len(clip.times) - 1], second))
+    motions.append((kind, thing, [], options[0]))
     return [make_row(rng, clip, f"compound_{kind}", motions, options, kind)]
 
 

@@ -270,12 +270,12 @@ def learn_readout(truth, rows, most):
 def split_rows(rows, train_rows, answered):
     """Rows that a readout is fitted on, and those of the answered indices that it may be shown on.
 
-    Without training rows, or with the rows themselves: half of the clips for each, the first answered one is
-    shown.
+    Half of the clips for each, the first answered one is shown, where there are no training rows, fewer than
+    in that half, or the rows themselves.
     """
     held_out = {file for row in rows for file in row.image_output}
     others = [row for row in train_rows or [] if held_out.isdisjoint(row.image_output)]
-    if others:
+    if others and 2 * len(others) >= len(rows):
         return others, answered
     clips = [rows[i].clip for i in answered] + [row.clip for row in rows]
     shown = set(list(dict.fromkeys(clips))[::2])

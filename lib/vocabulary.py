@@ -143,16 +143,16 @@ ID_TAGS = {"direction": "direct", "distance": "distance", "speed": "speed", "box
 
 # Shares of the kinds of options in text-only questions, for tools/make_tiny.py.
 OPTION_SHARES = {
-    "single": 0.2,
-    "pair": 0.2,
-    "direction": 0.2,
-    "follow": 0.1,
+    "single": 0.14,
+    "pair": 0.14,
+    "direction": 0.14,
+    "follow": 0.12,
     "distance": 0.08,
     "speed": 0.08,
     "colour": 0.04,
-    "box": 0.05,
-    "both": 0.03,
-    "sequence": 0.02,
+    "box": 0.06,
+    "both": 0.12,
+    "sequence": 0.08,
 }
 
 # ---------------------------------------------------------------- files of others

@@ -527,6 +527,8 @@ def test_reasoning_about_two_motions_is_that_of_either_one_after_the_other():
             # a label follows its second key frame, and the answer holds both in this order
             assert labels[0] in parts[2] and labels[1] in parts[4]
             assert answer.index(labels[0]) < answer.rindex(labels[1])
+            # the reasoning ends with both, in the words of the option
+            assert thought.endswith(f": {draft.label}.") or thought.endswith(f" is {draft.label}.")
             assert draft.label in answer and gd.validate(row, draft.key) is None
     assert set(kinds) == {"compound_both", "compound_sequence"}
 

@@ -147,5 +147,7 @@ def test_half_of_the_clips_are_shown_and_the_first_answered_one_among_them():
     assert imagery.split_rows(rows, rows, [2]) == imagery.split_rows(
         rows, [], [2]
     )  # not on what it is shown on
-    train = [follow("ball", (0, 1), clip="train")]
+    train = [follow("ball", (0, 1), clip="train")] * 4
     assert imagery.split_rows(rows, train, [2, 3]) == (train, [2, 3])
+    # fewer than half of the held-out ones would give a readout that shows nothing
+    assert imagery.split_rows(rows, train[:1], [2]) == imagery.split_rows(rows, [], [2])

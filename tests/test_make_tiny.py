@@ -4,6 +4,7 @@ import json
 import math
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,6 +148,22 @@ def test_option_rows_are_answered():
         asked = re.search(r'says "(.*)"\.', rows[2]["text_input"])[1]
         answer = re.search("<answer>(.*)</answer>", rows[2]["text_output"])[1]
         assert answer.endswith(". " + asked) and answer in rows[2]["text_input"].split("\n")
+
+
+def test_two_motions_are_bound_as_they_are_asked():
+    """Both labels of a compound question stand in the reasoning, which then says them as the option does."""
+    kinds = Counter()
+    for number in range(3, 800, 4):
+        row = make_tiny.option_row("pretrain", number, C.SEED, DATA.SIZE).row
+        label = re.search(r"<answer>[A-D]\. (.*)</answer>", row["text_output"])[1]
+        both = re.fullmatch(r"Camera: (.*); (.*): (.*)|First ([^,]*), then (.*)", label)
+        kinds[bool(both), label.startswith("Camera")] += 1
+        if both:
+            *before, last = row["text_output"].split("</think>")[0].split(label)
+            one, two = both[1] or both[4], both[3] or both[5]
+            assert before[0].index(one) < before[0].index(two) and last == "."
+            assert both[2] is None or f" {both[2]} " in row["text_input"].split("\n")[0]
+    assert min(kinds[True, True], kinds[True, False]) > 10 and kinds[False, False] > 100
 
 
 def check_pairs(text, options, gaps):

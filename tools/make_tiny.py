@@ -8,7 +8,7 @@ Out: OUT/rows/pretrain{,_test}.jsonl   rows that ground ("track", "cells") and b
      OUT/eyes/                         the same, its visual encoder trained by itself
      OUT/<stage>/step_*/               checkpoints; the last stage's is a base like assets/tiny
 
-    python -m tools.make_tiny                                                 # 100 minutes on two cores
+    python -m tools.make_tiny                                                 # 110 minutes on two cores
     python -m tools.make_tiny CLIPS=8 OPTION_ROWS=60 MOST_STEPS=2 OUT=out/trial     # does it run at all
 
 Not a stage that a user runs. The visual encoder learns first, by a head that is thrown away, what each of its
@@ -80,6 +80,8 @@ STAGES = [  # name, kinds of rows ("plain": far drills of short options), steps,
     ("last", "grounding colour near far options", 250, 1e-3, "all"),
     ("bind", "far options bind", 300, 3e-4, "letters"),
     ("final", "grounding colour near far options bind", 150, 1e-3, "all"),
+    ("compound", "options bind", 400, 5e-4, "letters"),
+    ("whole", "grounding colour near far options bind", 600, 1e-3, "all"),
 ]
 MOST_STEPS = 0  # >= 0; steps of a stage at most, for a trial; 0: as STAGES says
 GLOBAL_BATCH = 32  # >= 1; rows of one step
@@ -200,16 +202,23 @@ def pretrain_rows(rng, clip, c, data):
 # ---------------------------------------------------------------- rows of text alone
 
 
+def draw_motions(rng, kind):
+    """Labels of two motions of a compound question, and what kind of question the second would be alone."""
+    axes = rng.permutation(6)[:2]
+    one, two = (vocabulary.MOVES[2 * axis + rng.integers(2)] for axis in axes)
+    if kind == "sequence":
+        return one, two, "camera"
+    return one, list(vocabulary.DIRECTIONS)[rng.integers(10)], "direction"
+
+
 def option_question(rng, size):
     """Options of one text-only question, drawn as the questions about clips draw theirs, truth first."""
     shares = vocabulary.OPTION_SHARES
     kind = str(rng.choice(list(shares), p=list(shares.values())))
     if kind in ("both", "sequence"):
-        axes = rng.permutation(6)[:2]
-        one, two = (vocabulary.MOVES[2 * axis + rng.integers(2)] for axis in axes)
-        second = two if kind == "sequence" else list(vocabulary.DIRECTIONS)[rng.integers(10)]
+        one, two, _ = draw_motions(rng, kind)
         noun = list(vocabulary.SHAPES)[rng.integers(4)]
-        return generate_data.compound_options(rng, kind, one, second, noun)
+        return generate_data.compound_options(rng, kind, one, two, noun)
     if kind == "box":
         low = [0, 0, size // 7, size // 7]
         high = [size // 2, size // 2, size // 3, size // 3]
@@ -250,22 +259,35 @@ def drill(rng, near, size):
 def bind_texts(rng):
     """A motion question with its reasoning, but no video, to learn its letter alone -> three texts.
 
-    The label is drawn at random and stands in the reasoning, so nothing is said about motion.
+    The labels are drawn at random and stand in the reasoning, so nothing is said about motion.
     """
-    kind = str(rng.choice(["single", "pair", "direction", "distance", "speed", "follow", "follow"]))
-    phrases = vocabulary.phrases_for("camera" if kind in ("single", "pair") else kind)
-    label = str(rng.choice(vocabulary.VOCABULARY[kind]))
+    kinds = ["single", "pair", "direction", "distance", "speed", "follow", "follow", "both", "sequence"]
+    kind = str(rng.choice(kinds))
     thing = f"{rng.choice(list(vocabulary.COLOURS))} {rng.choice(list(vocabulary.SHAPES))}"
     count = int(rng.integers(2, 4))
     if kind == "follow":
         thing = f"{rng.choice(list(vocabulary.SLOTS))} {thing}"
         count = int(rng.integers(3, 14))
     times = [generate_data.format_seconds(second) for second in range(1, 2 * count, 2)]
-    question = generate_data.pick_phrase(rng, phrases["ask"], thing=thing, a=times[0], b=times[-1])
-    options = generate_data.draw_options(rng, kind, label)
+
+    # what the reasoning says, and the options; it ends with both motions of two
+    asked = "camera" if kind in ("single", "pair") else kind
+    if kind in ("both", "sequence"):
+        one, two, second = draw_motions(rng, kind)
+        options = generate_data.compound_options(rng, kind, one, two, thing.split()[-1])
+        said = [("camera", times, one), (second, times, two), (kind, [], options[0])]
+    else:
+        label = str(rng.choice(vocabulary.VOCABULARY[kind]))
+        options = generate_data.draw_options(rng, kind, label)
+        said = [(asked, times, label)]
+    thoughts = []
+    for motion, when, label in said:
+        phrases = vocabulary.phrases_for(motion)
+        thoughts.append(generate_data.write_thought(rng, phrases, thing, when, label, " "))
+    ask = vocabulary.phrases_for(asked)["ask"]
+    question = generate_data.pick_phrase(rng, ask, thing=thing, a=times[0], b=times[-1])
     question, _, key = generate_data.shuffle_options(rng, question, options)
-    thought = generate_data.write_thought(rng, phrases, thing, times, label, " ")
-    return question, thought, f"{key}. {label}"
+    return question, " ".join(thoughts), f"{key}. {options[0]}"
 
 
 def option_row(split, number, seed, size):
