@@ -379,9 +379,9 @@ def write_thought(rng, phrases, thing, times, label, gap):
 def make_row(rng, clip, subtask, motions, options, name):
     """Eq. 4: a question about a clip, whose reasoning imagines a thing at its key frames -> Draft.
 
-    motions: [(kind of question, thing, key frames, label)], most questions have one; the last key frame's
-    thing is asked about. options: 4 texts, the truth first. Each key frame's step of the reasoning ends with
-    a placeholder for an overlay.
+    motions: [(kind of question, thing, key frames, label)], most questions have one; without key frames the
+    label alone is said. The last key frame's thing is asked about. options: 4 texts, the truth first. Each
+    key frame's step of the reasoning ends with a placeholder for an overlay.
     """
     # The question, with times and sizes in its phrase and its options in random order.
     family, kind = subtask.split("_")
