@@ -1,8 +1,11 @@
 """Fixtures that more than one test file uses, and no GPU: the tests compare fp32 numbers to 1e-5."""
 
 import os
+import signal
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is there
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes of tests share the cores
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's shell ignores Ctrl-C
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
