@@ -34,13 +34,15 @@ for seed in $SEEDS; do
     torchrun dift.py DATA=$ROOT/toy SEED=$seed OUT=$ROOT/noimage_$seed COT=noimage $DIFT_OPTIONS
 done
 
-# 3. Controls on the first seed: does the answer need the imagery, and does it need the video?
+# 3. Controls: does the answer need the imagery? On the first seed: other imagery, and does it need the video?
 first=${SEEDS%% *}
-for latents in zero noise swap oracle; do
-    python evaluate.py MODEL=$ROOT/dift_$first DATA=$ROOT/toy LATENTS=$latents $EVAL_OPTIONS
+for seed in $SEEDS; do
+    for latents in zero swap; do
+        python evaluate.py MODEL=$ROOT/dift_$seed DATA=$ROOT/toy LATENTS=$latents $EVAL_OPTIONS
+    done
 done
-for video in none other shuffled; do
-    python evaluate.py MODEL=$ROOT/dift_$first DATA=$ROOT/toy VIDEO=$video $EVAL_OPTIONS
+for control in LATENTS=noise LATENTS=oracle VIDEO=none VIDEO=other VIDEO=shuffled; do
+    python evaluate.py MODEL=$ROOT/dift_$first DATA=$ROOT/toy $control $EVAL_OPTIONS
 done
 
 # 4. 4DRL from the first seed's model, with held-out scores before and after.
@@ -52,18 +54,12 @@ for seed in $SEEDS; do
 done
 python -m tools.mean_of_seeds RUNS="$runs"
 
-# 5. DIFT in one table: right answers of all questions, with imagery and without, and the controls.
-python - $ROOT <<'END'
-import json
-import sys
-from pathlib import Path
-
-of_kind = {}
-for file in sorted(Path(sys.argv[1]).glob("*_*/eval*/summary.json")):
-    score = json.loads(file.read_text())["scores"]["micro"]
-    print(f"{str(file.parent):40} {score['accuracy']:6.1%} of {score['n']}")
-    if file.parent.name == "eval":
-        of_kind.setdefault(file.parts[-3].rpartition("_")[0], []).append(score["accuracy"])
-for kind, scores in of_kind.items():
-    print(f"{kind}: mean of {len(scores)} seeds {sum(scores) / len(scores):.1%}")
-END
+# 5. DIFT in tables: right answers by subtask with imagery, without it, and with the controls.
+of_seeds=$ROOT/dift_[0-9]*
+runs="imagery=$of_seeds/eval noimage=$ROOT/noimage_[0-9]*/eval"
+python -m tools.compare_runs RUNS="$runs zero=$of_seeds/eval_latents-zero swap=$of_seeds/eval_latents-swap"
+runs="imagery=$ROOT/dift_$first/eval"
+for control in latents-noise latents-oracle video-none video-other video-shuffled; do
+    runs="$runs $control=$ROOT/dift_$first/eval_$control"
+done
+python -m tools.compare_runs RUNS="$runs"

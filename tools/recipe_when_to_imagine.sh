@@ -48,3 +48,8 @@ for seed in $SEEDS; do
             OUT=$ROOT/${model}_sampled $EVAL_OPTIONS
     done
 done
+# means of the seeds: greedy answers to its held-out questions and to those with one exchange, then sampled ones
+for kind in compound single; do
+    python -m tools.compare_runs RUNS="before=$ROOT/half_4drl_*/before/$kind after=$ROOT/half_4drl_*/after/$kind"
+done
+python -m tools.compare_runs RUNS="before=$ROOT/half_[0-9]_sampled after=$ROOT/half_4drl_*_sampled"
