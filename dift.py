@@ -12,7 +12,7 @@ Out: OUT/step_*/ (checkpoints), OUT/log.jsonl, and after the last step OUT/eval/
 Differs from the paper:
 - `grid` pooling by default: `strips` averages left and right away at the toy's resolution (ours)
 - cosine is also logged centred per latent index: the plain one tells little (ours)
-- retrieval@1 among other clips and object@1 among the things of the clip say what was imagined (ours)
+- object@1 among the things of the clip and retrieval@1 among other clips say what was imagined (ours)
 - sums over the whole step's counts: the number of devices and of micro-batches does not change a step (ours)
 - the imagery loss weighs less from step to step, W_SIM to W_SIM_END: imagery is learned first (ours)
 - with MATCH_NORM hidden states are fed back with the norm of the targets they were trained to be (ours)
@@ -215,7 +215,7 @@ if __name__ == "__main__":
     print0("first sample: [supervised], {imagery}\n", describe_sample(first, thinker.tokenizer))
     if test_rows and test_file == train_file:
         print0(f"{train_file} has no held-out twin: the score at the end is on training rows.")
-    imagery = {"retrieval": None, "object": None}
+    imagery = {"object": None, "retrieval": None}
     if run.entries:
         imagery = {name: run.entries[-1].get(name) for name in imagery}
 

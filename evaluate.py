@@ -193,8 +193,9 @@ def score_results(results):
         "release": mean(result.hit for result in results),
         "note": "",
         "chance": mean(1 / result.options for result in results),
-        "retrieval": mean_of(blocks, "retrieval"),
         "object": mean_of(blocks, "object"),
+        "moment": mean_of(blocks, "moment"),
+        "retrieval": mean_of(blocks, "retrieval"),
     }
 
 
@@ -232,12 +233,12 @@ def summarise(results):
 
 def print_table(summary):
     """Prints the scores, a line each, and the rest."""
-    print(f"{'':20}     n  right       %   95 % interval  release  chance  retrieval  object@1")
+    print(f"{'':20}     n  right       %   95 % interval  release  chance  object@1  moment@1  retrieval")
     line = "{:20}{n:6d}{correct:7.5g}{accuracy:>8}{low:>8} - {high:>5}{release:>9}{chance:>8}"
-    line += "{:>11}{:>10}  {note}"
+    line += "{:>10}{:>10}{:>11}  {note}"
     for name, score in summary["scores"].items():
         found = []
-        for comparison in ("retrieval", "object"):
+        for comparison in ("object", "moment", "retrieval"):
             share = score[comparison]
             found.append("" if share is None else f"{share:.3f}")
         print(line.format(name, *found, **as_percent(score)).rstrip())

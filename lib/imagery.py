@@ -12,7 +12,7 @@ from lib.pictures import open_image
 from lib.scores import mean
 
 # a comparison -> the name of its chance; an entry of Result.imagery holds both
-COMPARISONS = {"retrieval": "chance", "object": "object_chance", "moment": "moment_chance"}
+COMPARISONS = {"object": "object_chance", "moment": "moment_chance", "retrieval": "chance"}
 READOUT_SIZE = 28  # pixels; side of the images that latents are read out as
 RIDGE = 0.02  # of the mean variance of the latents' entries, which is added to each
 CHUNK = 64  # overlays encoded at once for the readout

@@ -120,7 +120,7 @@ def in_percent(score):
 def log_line(entry, terms, steps, weights):
     """One step as a line of the log; terms: names of the parts of the loss, weights: {name: weight}."""
     shares = []
-    for name in ("retrieval", "object"):
+    for name in ("object", "retrieval"):
         value = entry.get(name)
         shares.append(f"{name} {math.nan if value is None else value:.2f}")
     rate = entry["tokens"] / entry["seconds"] / 1e3

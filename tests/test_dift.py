@@ -236,7 +236,7 @@ def test_a_line_of_the_log():
     entry |= {"lr": 1e-5, "latents": 8.0, "seconds": 2.0, "tokens": 3000.0}
     line = log_line(entry, ["ce", "sim"], 1000, {"ce": 0.1, "sim": 1.0})
     assert line.startswith("step    12/1000 | loss 1.2300 = 0.1 x ce 2.0000 + 1 x sim 0.0300 |")
-    assert "cosine 0.50 | retrieval nan | object nan | gnorm 0.90 | " in line
+    assert "cosine 0.50 | object nan | retrieval nan | gnorm 0.90 | " in line
     assert "lr 1.0e-05 | latents 8.0 | 2.00 s | 1.5k tok/s" in line
     assert "retrieval 0.62 |" in log_line(entry | {"retrieval": 0.62}, ["ce"], 1000, {"ce": 0.1})
 
