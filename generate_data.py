@@ -78,6 +78,7 @@ P_ASKED = (0.15, 0.15, 0.15)  # 0 to 1; moving objects: distance, not direction;
 EXCHANGES = (1, 4)  # 0 to 20, rising; fewest and most exchanges of look-alikes in train and test clips (ours)
 RL_EXCHANGES = (3, 4)  # 0 to 20, rising; the same in rl clips (ours)
 EXCHANGE = 6  # 2 to 100; frames of one exchange; each frame pair has a key frame (ours)
+SWING = 0.0  # 0 to 10; degrees to either side that the camera goes around look-alikes; 0: it rests (ours)
 FOLLOWED = (2, 4)  # 1 to 4; look-alikes asked about: of a train clip, of any other (ours)
 OVERLAYS = (2, 3)  # >= 2, rising; fewest and most of a moving object, its ends always in (paper: 2 to 5)
 # toy world
@@ -509,9 +510,8 @@ def final_row(draft, form):
     if form == "imagery" or not draft.keyframes:
         return draft.row
     # Each placeholder goes, with the space before it; the verbal form says the location there.
-    first, *others = draft.row["text_output"].split(f" {lib.rows.PLACEHOLDER}")
-    text = first
-    for location, part in zip(draft.locations, others):
+    text, *parts = draft.row["text_output"].split(f" {lib.rows.PLACEHOLDER}")
+    for location, part in zip(draft.locations, parts):
         if form == "verbal":
             text += location
         text += part

@@ -1,4 +1,4 @@
-"""Look-alikes: four equal things that change places, two at a time, while the camera looks on.
+"""Look-alikes: four equal things that change places, two at a time, while the camera looks on or goes around.
 
 Neither the last frame nor the text tells which is which: a question about one of them needs it followed
 through the clip. Constants `c` are generate_data.py's.
@@ -50,11 +50,14 @@ def draw_look_alikes(c, rng, name, exchanges):
         paths += frames
     path = np.stack(paths, axis=1)  # (4, T, 3)
 
-    # a camera at rest
+    # the camera looks at the row: at rest, or along an arc around its middle
     T = path.shape[1]
     still = np.zeros(T)
-    pos = np.tile([0, EYE_HEIGHT, 0.0], (T, 1))
-    rot = rotation(still, still - np.radians(TILT), still)
+    arc = still
+    if c.SWING:
+        arc = rng.choice([-1, 1]) * np.linspace(-1, 1, T) * np.radians(c.SWING)
+    pos = np.stack([np.sin(arc), still, 1 - np.cos(arc)], axis=-1) * forward + [0, EYE_HEIGHT, 0]
+    rot = rotation(-arc, still - np.radians(TILT), still)
     things = []
     for slot, word in enumerate(vocabulary.SLOTS):
         things.append(Thing(f"{word} {colour} {shape}", colour, shape, half, 0.3, path[slot]))
