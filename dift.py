@@ -49,7 +49,7 @@ TEST_ROWS = 1000  # >= 0; held-out rows scored at the end, at most; 0: no evalua
 TEST_BATCH = 64  # >= 1; of them answered at once on one device
 MAX_PIXELS = None  # 1 to 1e8, whole; pixels of a frame; None: the checkpoint's own, or 256·28·28 (release)
 MIN_PIXELS = None  # 1 to 1e8, whole; None: the checkpoint's own, or 28·28 (release)
-SECONDS_PER_PAIR = None  # > 0, <= 1e6; None: real time; 1.0: as the release trains, 2.0: as it evaluates
+SECONDS_PER_PAIR = None  # > 0, <= 1e6; None: the checkpoint's own, or real time (release: 1.0, scored at 2.0)
 SUFFIX = ""  # instruction after the question; "": the checkpoint's own; @file reads one
 # --- model
 K = 8  # 0 to 4096; latents per image (release: 4); 0: a stage without imagery (pretraining of the tiny base)
@@ -68,7 +68,7 @@ W_CE = 1.0  # >= 0; weight of the text loss in Eq. 7 (release: 0.1)
 W_SIM = 4.0  # >= 0; weight of the imagery loss in Eq. 7 at the first step (release: 1.0)
 W_SIM_END = 0.3  # >= 0; its value after the last step, linear between (release: as W_SIM)
 # --- ablations
-IMAGERY = "latents"  # latents | markers | pause: a block is its delimiters alone, or pads not learned (ours)
+IMAGERY = "latents"  # latents | markers: the delimiters alone | pause: pads, no imagery loss (ours)
 BOTTLENECK = 0.0  # 0 to 1; share of rows whose text after the first imagery does not look at the video (ours)
 SELF_FED = 0.0  # 0 to 1; share of rows that read their own imagined latents in training (ours)
 # --- logging
@@ -167,7 +167,7 @@ def micro_batches(samples, vision, pad_id, size, rank=0, world=1):
         counts["text"] += int(sample.is_text.sum())
         counts["latent"] += int(sample.is_latent.sum())
         counts["real"] += int(sample.is_real.sum())
-    # this process's share, cut into micro-batches; under FSDP all processes make a first pass, or none
+    # this process's micro-batches; SELF_FED's first pass is made by all processes, or by none (FSDP)
     has_self_fed = any(bool(sample.is_self_fed.any()) for sample in samples)
     mine = samples[rank::world]
     batches = []
@@ -205,7 +205,9 @@ if __name__ == "__main__":
     if run.start:
         load_optimizer(parent, thinker, optimizer)
     settings = evaluate.Settings(batch=c.TEST_BATCH)
-    scoring = {"settings": settings, "rank": rank, "world": world, "vision": vision}
+    # without CACHE_FEATURES the thread below clears the cache of this vision: scores have their own
+    scoring_vision = vision if c.CACHE_FEATURES else None
+    scoring = {"settings": settings, "rank": rank, "world": world, "vision": scoring_vision}
 
     # log
     clear_run(run, unfinished=run.start < c.STEPS, results="eval")
@@ -273,7 +275,7 @@ if __name__ == "__main__":
             norm = entry["norm_true"] if c.MATCH_NORM else 0
             thinker.config.latent_norm = norm or None
 
-        # at times: is the right thing imagined? Then the log, a checkpoint
+        # every EVAL_EVERY steps: is the right thing imagined? Then the log, a checkpoint
         if test_rows and counts["latent"] and c.EVAL_EVERY and (step + 1) % c.EVAL_EVERY == 0:
             with whole_weights(thinker):
                 scores = evaluate.evaluate(thinker, test_rows, limit=64, **scoring)

@@ -249,7 +249,7 @@ def print_table(summary):
 
 
 def choose_other(rows, index, seed):
-    """One of those, chosen by (seed, index); exits if there is none."""
+    """A row as in same_subtask, chosen by (seed, index); exits if there is none."""
     others = same_subtask(rows, index)
     needs = "this control needs another clip with a question of this subtask; there is none"
     require(others, f"{rows[index].source}: {needs}.")
@@ -405,7 +405,7 @@ def describe_run(model, rows, settings):
     weights = sum(x.flatten()[:1000].bfloat16().double().sum().item() for x in model.qwen.parameters())
     questions = zlib.crc32("".join(row.text_input for row in rows).encode())
     shared = {"weights": weights, "questions": questions, **vars(settings)}
-    # the answers do not depend on the size of the batches
+    # but for rounding, answers do not depend on the size of the batches
     shared.pop("batch")
     for name in ("prompt_suffix", "seconds_per_pair"):
         shared[name] = getattr(model.config, name)
@@ -413,7 +413,7 @@ def describe_run(model, rows, settings):
 
 
 def open_folder(out, run, resume, rank, count):
-    """The results that `out` holds -> {index: Result}; refuses another run's or of no row below `count`."""
+    """The results that `out` holds -> {index: Result}; exits on another run's, or a row >= `count`."""
     file = out / "settings.json"
     if rank == 0:
         take_lock(out)
@@ -572,7 +572,8 @@ def draw(model, rows, out, log="", samples=8, train_rows=None, overlays=3000):
             drawings.append(draw_row(model, rows, index, settings, readout))
     if settings.video != "none":
         # the right answer with most imagery, and a wrong one
-        most = max(drawings[: max(1, samples // 2)], key=lambda drawing: len(drawing.blocks))
+        right = [drawing for drawing in drawings if drawing.result.correct] or drawings
+        most = max(right, key=lambda drawing: len(drawing.blocks))
         pictured = [most] if drawings[-1] is most else [most, drawings[-1]]
         draw_picture(pictured).save(out / "picture.png")
 
@@ -588,15 +589,11 @@ def draw(model, rows, out, log="", samples=8, train_rows=None, overlays=3000):
 # ---------------------------------------------------------------- the script, as tools/seeds.py runs it too
 
 
-def check_controls(c):
-    """Ends the program on a control that these questions do not allow."""
-    has_overlays = c.BENCH == "toy" or c.LATENTS != "oracle"
-    require(has_overlays, "LATENTS=oracle needs true overlays; there are none here.")
-
-
 def load_questions(c, rank, world):
     """The rows of DATA, with their frames as far as they are needed."""
     rows = read_benchmark(c.BENCH, c.DATA, c.VIDEOS)
+    has_overlays = any(row.image_output for row in rows)
+    require(has_overlays or c.LATENTS != "oracle", f"LATENTS=oracle needs true overlays; {c.DATA} has none.")
     sampling = {"cache": c.CACHE, "fps": c.FPS, "most": c.MAX_FRAMES}
     if c.BENCH == "toy":
         return attach_video_rows(rows, c.VIDEOS, rank, world, **sampling)
@@ -632,7 +629,6 @@ def report(c, model, rows, out, summary):
 
 if __name__ == "__main__":
     c = override_constants(globals())
-    check_controls(c)
     rank, world, device = init_distributed()
     rows = load_questions(c, rank, world)
     model = load_model(c.MODEL, device, suffix=c.SUFFIX, fast=c.FAST, seconds_per_pair=c.SECONDS_PER_PAIR)

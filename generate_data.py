@@ -77,9 +77,9 @@ P_COMPOUND = 0.0  # 0 to 1; share of the other train and test clips asked about 
 P_ASKED = (0.15, 0.15, 0.15)  # 0 to 1; moving objects: distance, not direction; a box; speed too (ours)
 EXCHANGES = (1, 4)  # 0 to 20, rising; fewest and most exchanges of look-alikes in train and test clips (ours)
 RL_EXCHANGES = (3, 4)  # 0 to 20, rising; the same in rl clips (ours)
-EXCHANGE = 6  # 2 to 100; frames of one exchange; each frame pair has a key frame (ours)
+EXCHANGE = 6  # 2 to 100; frames of one exchange; every second one is a key frame (ours)
 SWING = 0.0  # 0 to 10; degrees to either side that the camera goes around look-alikes; 0: it rests (ours)
-FOLLOWED = (2, 4)  # 1 to 4; look-alikes asked about: of a train clip, of any other (ours)
+FOLLOWED = (2, 4)  # 1 to 4; look-alikes asked about: of a train clip, of a test clip; rl: 1 (ours)
 OVERLAYS = (2, 3)  # >= 2, rising; fewest and most of a moving object, its ends always in (paper: 2 to 5)
 # toy world
 SIZE = 56  # 8 to 4096; side of a square frame, pixels (ours)
@@ -168,8 +168,7 @@ def contradicts(label, start, end, slack):
     y -= (scale - 1) * (y0 - 0.5)
     moved = np.array([x, y, growth])
 
-    # MOVE_CUES has the signs of (right, down, larger): Pan Right (-1, 0, 0). Where they cancel, 0 says
-    # nothing.
+    # MOVE_CUES has the signs of (right, down, larger): Pan Right (-1, 0, 0). An axis at 0 is not tested.
     expected = np.sum([vocabulary.MOVE_CUES[move] for move in label.split(" and ")], 0)
     is_against = moved * expected < -slack
     if "Roll" in label:  # it moves the thing too, so only growth counts
@@ -272,7 +271,7 @@ def camera_and_object_options(rng, camera, direction, noun):
         other_direction = opposite(direction)
     else:
         other_direction = str(rng.choice(others))
-    # The camera's other movement is the opposite or a confusable one.
+    # The camera's other movement is one of its wrong options.
     options = camera_options(rng, camera)
     other_camera = options[rng.integers(1, 3)]
     return [
@@ -397,10 +396,10 @@ def make_row(rng, clip, subtask, motions, options, name):
     question, _, key = shuffle_options(rng, question, options)
 
     thoughts = []
-    for kind, thing, keyframes, label in motions:
+    for kind, mover, keyframes, label in motions:
         phrases = vocabulary.phrases_for(kind)
         times = [format_seconds(clip.times[t]) for t in keyframes]
-        thoughts.append(write_thought(rng, phrases, thing, times, label, f" {lib.rows.PLACEHOLDER} "))
+        thoughts.append(write_thought(rng, phrases, mover, times, label, f" {lib.rows.PLACEHOLDER} "))
     row = base_row(clip, name, question, " ".join(thoughts), f"{key}. {options[0]}", subtask)
     row["image_output"] = [overlay_name(clip, thing, t) for thing, t in shown]
     row["overlay_frames"] = [t for _, t in shown]  # ours: which frame each overlay shows, and which thing

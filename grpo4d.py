@@ -135,7 +135,8 @@ def reward(row, completion, needs_imagery):
     has_format = parts is not None and all(text.count(tag) == 1 for tag in tags)
     if has_format and needs_imagery:
         blocks = LATENT_BLOCK.finditer(parts[1])
-        has_format = any(latents and end for latents, end in (block.groups() for block in blocks))
+        is_whole = any(latents and end for latents, end in (block.groups() for block in blocks))
+        has_format = is_whole and len(completion.latents) > 0  # tokens that spell a block are none
     # another part is added here, with its weight in REWARD_WEIGHTS
     return {"acc": float(letter == row.key), "fmt": float(has_format)}
 
@@ -330,15 +331,15 @@ if __name__ == "__main__":
 
     # the policy, from the newest checkpoint in OUT or from MODEL, and the frozen reference
     run = open_run(c.OUT, c.RESUME, vars(c), kept_on_resume, rows)
-    begun = run.record.get("start_path") or str(newest_checkpoint(c.MODEL))
-    source = run.record.get("reference_path") or str(newest_checkpoint(c.REFERENCE or begun))
+    start_path = run.record.get("start_path") or str(newest_checkpoint(c.MODEL))
+    reference_path = run.record.get("reference_path") or str(newest_checkpoint(c.REFERENCE or start_path))
     # kept, for the folder of another run may get a newer checkpoint
-    run.record.update(start_path=begun, reference_path=source)
-    parent = run.folder or begun
+    run.record.update(start_path=start_path, reference_path=reference_path)
+    parent = run.folder or start_path
     policy = load_model(parent, device, fast=c.FAST)
-    reference = load_model(source, device, fast=c.FAST).requires_grad_(False)
+    reference = load_model(reference_path, device, fast=c.FAST).requires_grad_(False)
     require(policy.K, f"{parent} has no latents (latent_size 0); choose a checkpoint of dift.py with K > 0.")
-    share_vision(policy, reference, parent, source)
+    share_vision(policy, reference, parent, reference_path)
     if c.CHECKPOINTING:
         checkpoint_layers(policy.qwen)
     model = wrap_parallel(policy, c.PARALLEL, device)
@@ -352,12 +353,12 @@ if __name__ == "__main__":
 
     # log, and the scores before: of the model where the policy started
     clear_run(run, unfinished=run.start < c.STEPS, results="after")
-    print0(f"grpo4d: {parent} -> {c.OUT} | reference {source} | {c.DATA}, {len(rows)} rows")
+    print0(f"grpo4d: {parent} -> {c.OUT} | reference {reference_path} | {c.DATA}, {len(rows)} rows")
     print_header(c, trained, world, device)
     print0("first question:", rows[0].text_input, f"key: {rows[0].key}", sep="\n")
     settings = evaluate.Settings(max_new=c.MAX_NEW, batch=c.TEST_BATCH, fps=c.FPS, max_frames=c.MAX_FRAMES)
     scoring = {"settings": settings, "resume": c.RESUME == "auto", "rank": rank, "world": world}
-    first = reference if source == begun else load_model(begun, device, fast=c.FAST)
+    first = reference if reference_path == start_path else load_model(start_path, device, fast=c.FAST)
     before = score_files(first, held_out, Path(c.OUT) / "before", scoring)
     del first
     gc.collect()
@@ -376,7 +377,7 @@ if __name__ == "__main__":
             sample_answers(policy, vision, groups, step, c)
         sampled = time.time()
 
-        # 3, 4: rewards and advantages; questions that cost the update as much stand together from here on
+        # 3, 4: rewards and advantages; from here on sorted by cost of the update: little is padding
         groups.sort(key=lambda group: update_cost(group, c))
         for group in groups:
             row = rows[group.index]

@@ -2,13 +2,13 @@
 
 4DThinker (arXiv 2605.05997) lets a vision-language model (Qwen2.5-VL) *imagine* in the middle of its chain of
 thought: after `<|latent_start|>` it reads its own last hidden state K times instead of a token, then goes on
-with `<|latent_end|>`. Read this file first, from top to bottom; it is imported by the stages and never run.
+with `<|latent_end|>`. Read this file first, in README's order; it is imported by the stages and never run.
 
 Letters in shape comments: B rows, T tokens, D width, V vocabulary, K latents per image, N visual tokens of
 one image or video, P patches (before the 2 x 2 merge), n any count.
 
 Differs from the paper:
-- a latent block is exactly K long: its logits are not supervised, so `<|latent_end|>` is forced (ours)
+- a latent block is exactly K long: most of its logits are not trained, so `<|latent_end|>` is forced (ours)
 - `grid` pooling beside the paper's `strips` (ours); temporal positions come from real seconds (ours)
 - text after a video starts at the largest position + 1, as Qwen2.5-VL was trained; transformers continues at
   another position
@@ -131,7 +131,7 @@ class Sample:
     is_self_fed: torch.Tensor | None = None  # (T,) bool, latents that are read as imagined (SELF_FED)
 
     def __post_init__(self):
-        """Without the ablations of dift.py no token is either."""
+        """No token is blind or self-fed unless told so."""
         none = torch.zeros_like(self.is_text)
         self.is_blind = none if self.is_blind is None else self.is_blind
         self.is_self_fed = none if self.is_self_fed is None else self.is_self_fed
@@ -442,7 +442,7 @@ class Thinker(nn.Module):
         """Teacher-forced pass over right-padded rows -> logp (n_text,), imagined and targets (n_latent, D).
 
         logp: of every supervised token given what stands before it; imagined: h_{t-1} at latent positions t;
-        targets: z_t, also the input at t (Eq. 7), or the given `latents` (n, D) as they were sampled (4DRL).
+        targets: z_t, the input at t (Eq. 7), or the given `latents` (n, D) as sampled (4DRL); None if none.
         """
         # 4DRL's cheaper form of the same, to be skipped at first reading
         if batch.prompts is not None:
@@ -471,7 +471,7 @@ class Thinker(nn.Module):
 
     @torch.no_grad()
     def own_latents(self, batch, x, mask, targets):
-        """SELF_FED (ours): the targets (n_latent, D), in the rows that it chose as the model imagines them.
+        """SELF_FED (ours): targets (n_latent, D); in self-fed rows, the model's own imagery instead.
 
         A first pass over the true latents gives h_{t-1} of all positions t at once, scaled as at inference.
         None stays None: pads, or a micro-batch without imagery.
@@ -506,9 +506,7 @@ class Thinker(nn.Module):
         mode.
         """
         if self.training:
-            raise RuntimeError(
-                "Prompts are read in evaluation mode: checkpointing would drop the cache and the imagery."
-            )
+            raise RuntimeError("Prompts are read in evaluation mode: checkpointing drops cache and imagery.")
         rows, T = batch.ids.shape
         cache = self.new_cache()
         last = torch.arange(1, rows + 1, device=self.device) * T - 1  # each row's last place
@@ -521,9 +519,9 @@ class Thinker(nn.Module):
 
 
 def bottleneck_mask(batch):
-    """BOTTLENECK (ours): may token i look at token j? (B, 1, T, T) bool [.., i, j]; None: at all before it.
+    """BOTTLENECK (ours): may token i look at token j? (B, 1, T, T) bool [.., i, j]; None: plain causal.
 
-    In rows with a bottleneck the text after the first imagery sees question, text and imagery, not the video.
+    In rows with a bottleneck the text after the first imagery attends to all but the video's own tokens.
     """
     if not batch.has_blind:
         return None
@@ -629,7 +627,9 @@ def generate(model, samples, max_new, vision=None, temperature=0.0, top_p=1.0, g
         # Eq. 8: inside a block the input is the last hidden state, elsewhere the token's embedding
         x = model.qwen.get_input_embeddings()(token)  # (B, D)
         if any_in_latent:
-            latent = model.feedback(hidden) if feed is None else feed(hidden, block, model.K - latents_left)
+            latent = model.feedback(hidden)
+            if feed:
+                latent = feed(latent, block, model.K - latents_left)
             x = torch.where(in_latent[:, None], latent.to(x.dtype), x)
         latents.append(x.float() if any_in_latent else None)
 
@@ -678,7 +678,7 @@ DEFAULTS = {  # settings of a checkpoint that has none of its own
     "min_pixels": 28 * 28,  # (release)
     "max_pixels": 256 * 28 * 28,  # of one frame (release)
     "seconds_per_pair": None,  # None: real time (ours)
-    "imagery": "latents",  # or "pause", see dift.py
+    "imagery": "latents",  # IMAGERY of dift.py
     "latent_norm": None,  # None: hidden states are fed back as they are (paper)
     "prompt_suffix": SUFFIX,
 }
@@ -709,7 +709,7 @@ def load_model(path, device="cpu", K=None, pooling=None, suffix=None, fast=True,
     # their K, pooling and ids must agree with what was asked for; new tokens get new rows
     latent_ids = dict(zip(LATENT_FIELDS.values(), tokenizer.convert_tokens_to_ids(list(LATENT_FIELDS))))
     stored = getattr(qwen.config, "latent_size", None)
-    if stored or (stored == 0 and not K):
+    if stored or (stored == 0 and (not K or getattr(qwen.config, "imagery", "") == "markers")):
         check_latent_config(qwen.config, latent_ids, path, K, pooling)
         check_vocabulary(path, qwen, tokenizer)
     else:

@@ -617,6 +617,7 @@ def test_the_sheet_of_what_is_imagined(world, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("kind", ["zero", "noise", "pad", "swap", "oracle"])
 def test_generate_takes_every_feed_with_rows_in_different_states(world, monkeypatch, kind):
     rows, thinker, _ = world
+    monkeypatch.setattr(thinker.config, "latent_norm", 6.0)
     starts = {row: (row + 1, row + 9) for row in range(3)}  # the steps at which a row begins a block
     step = iter(range(1000))
 
@@ -633,6 +634,8 @@ def test_generate_takes_every_feed_with_rows_in_different_states(world, monkeypa
     for one in results:
         if kind == "zero":
             assert one.latents.eq(0).all()
+        if kind == "noise":  # as long as what would be fed else, not as the hidden state
+            assert one.latents.norm(dim=-1) == pytest.approx(6.0, rel=1e-5)
         if kind == "oracle":
             assert torch.allclose(one.latents, truth([one.row])[0])
 
@@ -646,6 +649,21 @@ def test_command_line_and_two_processes_give_the_same_answers(world):
     one, both = (read_jsonl(folder / name / "results.jsonl") for name in ("one", "two"))
     assert one == both and len(one) == 12
     assert read_json(folder / "two" / "settings.json")["max_new"] == 12
+
+
+def test_oracle_without_overlays_is_one_sentence(world, tmp_path, monkeypatch):
+    folder = world[2]
+    rows = [json.loads(line) for line in (folder / "data" / "test_imagery.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["text_output"] = row["text_output"].replace(" <output_image>", "")
+        row["image_output"] = []
+        for name in ("overlay_frames", "overlay_things"):
+            row.pop(name, None)
+        row["image_input"] = [str(folder / "data" / name) for name in row["image_input"]]
+    data = tmp_path / "plain.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"MODEL={folder / 'model'}", f"DATA={data}", "LATENTS=oracle", f"OUT={tmp_path / 'out'}"]
+    refused(lambda: run_script(monkeypatch, "evaluate.py", *words), "LATENTS=oracle needs", "plain.jsonl")
 
 
 def test_bad_control_is_one_sentence(monkeypatch):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import imaginative, lively, run_script, two_processes
+from helpers import imaginative, lively, refused, run_script, two_processes
 
 import generate_data as gd
 from lib import look_alikes, vocabulary
@@ -307,6 +307,7 @@ def test_markers_alone_and_pauses(tiny, tmp_path, rows):
     assert model.K == 0 and log[0]["latents"] == 0
     text = model.tokenizer.decode(encode_row(model, rows[0]).ids)
     assert "<|latent_start|><|latent_end|>" in text
+    refused(lambda: load_model(folder, K=4), "K=0", "K=4")  # its delimiters are trained
 
     log, folder = run(tiny, tmp_path / "pause", "IMAGERY=pause")
     assert log[0]["sim"] == 0 and log[0]["latents"] > 0

@@ -175,8 +175,8 @@ GOOD = f"\n<think>It {BLOCK} turns.</think>\n<answer>B. Right</answer><|im_end|>
 
 def completion_of(text, ids=(), **changes):
     """An answer of which the test sets what it is about."""
-    ids, none = list(ids), torch.zeros(0, 1)
-    given = {"is_latent": [False] * len(ids), "is_sampled": [True] * len(ids), "latents": none} | changes
+    ids, fed = list(ids), torch.zeros(text.count("<|latent_pad|>"), 1)
+    given = {"is_latent": [False] * len(ids), "is_sampled": [True] * len(ids), "latents": fed} | changes
     return Completion(ids=ids, text=text, **{"truncated": False, **given})
 
 
@@ -213,6 +213,11 @@ def test_the_reward_by_table(text, acc, fmt, fmt_without_imagery):
     assert reward(ROW, answer, True) == {"acc": acc, "fmt": fmt}
     assert reward(ROW, answer, False) == {"acc": acc, "fmt": fmt_without_imagery}
     assert all(type(value) is float for value in reward(ROW, answer, True).values())
+
+
+def test_tokens_that_spell_a_block_are_no_imagery():
+    spelled = completion_of(GOOD, latents=torch.zeros(0, 1))
+    assert reward(ROW, spelled, True) == {"acc": 1, "fmt": 0}
 
 
 def test_a_word_and_a_letter_outside_the_options_earn_nothing():

@@ -23,7 +23,6 @@ TOP_P = 0.9  # > 0, <= 1; share of the probability that is sampled from (release
 
 if __name__ == "__main__":
     c = override_constants(globals(), base=vars(evaluate))
-    evaluate.check_controls(c)
     # the seed also chooses the other videos, orders, noise and latents of the controls
     runs_differ = c.TEMPERATURE > 0 or c.VIDEO or c.LATENTS
     require(runs_differ, f"RUNS={c.RUNS} needs a TEMPERATURE above 0, as greedy answers are alike.")
