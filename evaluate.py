@@ -285,35 +285,35 @@ def apply_video_control(rows, index, settings):
 
 
 def make_feed(kind, names, tables, pad, K, seed):
-    """What generate feeds in latent blocks, feed(hidden (B, D), block (B,), k (B,)) -> (B, D); None for "".
+    """What generate feeds in latent blocks, feed(own (B, D), block (B,), k (B,)) -> (B, D); None for "".
 
     names: of the rows, they seed the noise; pad (D,); tables: per row the latents (n, K, D) to swap in (from
-    the first again when there are more blocks) or the true ones (the hidden state stays when there are more).
-    Rows outside a block, whose k is K or more, keep their hidden state.
+    the first again when there are more blocks) or the true ones (its own stay when there are more).
+    Rows outside a block, whose k is K or more, keep what they have.
     """
 
-    def replaced(hidden, row, block, k):
+    def replaced(own, row, block, k):
         """One latent (D,)."""
         if kind == "pad":
-            return pad.to(hidden)
+            return pad.to(own)
         # noise of the same norm, by question, block and place: it does not depend on batch-mates
         if kind == "noise":
             number = random.Random(f"{seed} {names[row]} {block} {k}").getrandbits(60)
-            noise = torch.randn(len(hidden), generator=torch.Generator().manual_seed(number)).to(hidden)
-            return noise * hidden.norm() / noise.norm()
+            noise = torch.randn(len(own), generator=torch.Generator().manual_seed(number)).to(own)
+            return noise * own.norm() / noise.norm()
         if kind == "swap" and len(tables[row]):
-            return tables[row][block % len(tables[row]), k].to(hidden)
+            return tables[row][block % len(tables[row]), k].to(own)
         if kind == "oracle":
-            return tables[row][block, k].to(hidden) if block < len(tables[row]) else hidden
-        return torch.zeros_like(hidden)  # zero, and swap where there are no latents to swap in
+            return tables[row][block, k].to(own) if block < len(tables[row]) else own
+        return torch.zeros_like(own)  # zero, and swap where there are no latents to swap in
 
-    def feed(hidden, block, k):
+    def feed(own, block, k):
         """The latents of all rows (B, D)."""
         # a row that is in no block has a k of K or more
-        latents = hidden.clone()
+        latents = own.clone()
         for row, (number, place) in enumerate(zip(block.tolist(), k.tolist())):
             if place < K:
-                latents[row] = replaced(hidden[row], row, number, place)
+                latents[row] = replaced(own[row], row, number, place)
         return latents
 
     return feed if kind else None

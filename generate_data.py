@@ -396,10 +396,10 @@ def make_row(rng, clip, subtask, motions, options, name):
     question, _, key = shuffle_options(rng, question, options)
 
     thoughts = []
-    for kind, mover, keyframes, label in motions:
+    for kind, highlighted, keyframes, label in motions:
         phrases = vocabulary.phrases_for(kind)
         times = [format_seconds(clip.times[t]) for t in keyframes]
-        thoughts.append(write_thought(rng, phrases, mover, times, label, f" {lib.rows.PLACEHOLDER} "))
+        thoughts.append(write_thought(rng, phrases, highlighted, times, label, f" {lib.rows.PLACEHOLDER} "))
     row = base_row(clip, name, question, " ".join(thoughts), f"{key}. {options[0]}", subtask)
     row["image_output"] = [overlay_name(clip, thing, t) for thing, t in shown]
     row["overlay_frames"] = [t for _, t in shown]  # ours: which frame each overlay shows, and which thing

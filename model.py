@@ -582,7 +582,7 @@ def generate(model, samples, max_new, vision=None, temperature=0.0, top_p=1.0, g
     After a sampled `<|latent_start|>` a row's next K inputs are its own last hidden states, then
     `<|latent_end|>` is forced; each row is in its own state. `generators`: one CPU torch.Generator per
     answer, for temperature > 0; G times as many as samples give G answers to each, whose prompt is read once.
-    `feed` (hidden (B, D), block (B,), k (B,), counted from 0) -> (B, D) replaces what is fed inside blocks
+    `feed` (latents (B, D), block (B,), k (B,), counted from 0) -> (B, D) replaces what is fed inside blocks
     (controls); it is called for all rows, those outside a block (k >= K) do not use it.
     RuntimeError in training mode.
     """
