@@ -163,8 +163,11 @@ def forget_last(out):
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
 
 
-def write_answers(folder, right):
-    """Answers with ids in order; (subtask, right) each."""
+def write_answers(folder, right, blocks=(1,) * 100):
+    """Answers with ids in order; (subtask, right) and the number of latent blocks each."""
     folder.mkdir(parents=True)
-    rows = ({"id": n, "subtask": name, "correct": bool(good)} for n, (name, good) in enumerate(right))
+    rows = (
+        {"id": n, "subtask": name, "correct": bool(good), "blocks": count}
+        for n, ((name, good), count) in enumerate(zip(right, blocks))
+    )
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -39,7 +39,19 @@ def test_the_table_is_the_one_worked_by_hand(runs):
 def test_one_kind_has_no_second_table(runs, monkeypatch, capsys):
     run_script(monkeypatch, "tools/compare_runs.py", f"RUNS={runs.split()[0]}")
     printed = capsys.readouterr().out
-    assert "| all | 4 | 62.5" in printed and "points below" not in printed
+    assert "| all | 4 | 62.5" in printed and "points below" not in printed and "imagery" not in printed
+
+
+def test_answers_with_imagery_and_without_are_told_apart(tmp_path, monkeypatch, capsys):
+    """One run imagines in two of four answers, both right; one in all, of which three are right."""
+    write_answers(tmp_path / "before_0", zip(NAMES, [1, 1, 0, 1]), blocks=[2, 0, 0, 1])
+    write_answers(tmp_path / "after_0", zip(NAMES, [1, 1, 0, 1]))
+    run_script(
+        monkeypatch, "tools/compare_runs.py", f"RUNS=before={tmp_path}/before_* after={tmp_path}/after_*"
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-4] == "| run | answers with imagery in % | right with | right without | all right |"
+    assert lines[-2:] == ["| before 0 | 50.0 | 100.0 | 50.0 | 75.0 |", "| after 0 | 100.0 | 75.0 |  | 75.0 |"]
 
 
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):

@@ -7,6 +7,7 @@ tables in Markdown, by subtask and by group of subtasks: each kind's mean over i
 below the first kind, in points; with half of the 95 % interval. That is 1.96 times √(s_q² / n + s_r² / runs):
 s_q, the standard deviation over questions of the share of runs that are right, says how far other questions
 could move the mean; s_r, that of the scores of the runs, how far other seeds could. One run has no s_r.
+Where some answers of a run have imagery and some have none, a third table says which are right, run by run.
 """
 
 import glob
@@ -22,10 +23,11 @@ RUNS = "imagery=out/dift*/eval"  # name=pattern of each kind, blanks between; th
 
 
 def read_answers(folder):
-    """results.jsonl of a folder -> {id of a question: (subtask, 0 or 1)}."""
+    """results.jsonl of a folder -> {id of a question: (subtask, 0 or 1, has the answer imagery?)}."""
     file = Path(folder, "results.jsonl")
     require(file.is_file(), f"{file} is missing: RUNS must name folders that evaluate.py wrote.")
-    return {row["id"]: (row["subtask"], int(row["correct"])) for row in read_jsonl(file)}
+    rows = read_jsonl(file)
+    return {row["id"]: (row["subtask"], int(row["correct"]), row["blocks"] > 0) for row in rows}
 
 
 def read_kinds(text):
@@ -66,7 +68,7 @@ def estimate(of_questions, spreads):
 def group_questions(run):
     """Questions by subtask, by group and all: {name: ids}, in this order."""
     groups = {}
-    for name, (subtask, _) in run.items():
+    for name, (subtask, _, _) in run.items():
         groups.setdefault(subtask, []).append(name)
     groups = dict(sorted(groups.items()))
     for group, subtasks in TOY_GROUPS.items():
@@ -103,6 +105,27 @@ def compare(kinds):
     return scores, losses
 
 
+def percent(values):
+    """Zeros and ones -> the share of ones as text, in %; "" of none."""
+    return f"{100 * mean(values):.1f}" if values else ""
+
+
+def split_by_imagery(kinds):
+    """{kind: [answers of each run]} -> lines of a table by run, of answers with imagery and without."""
+    heads = ["answers with imagery in %", "right with", "right without", "all right"]
+    lines = ["| run | " + " | ".join(heads) + " |", "| --- " * 5 + "|"]
+    mixed = False
+    for kind, runs in kinds.items():
+        for index, run in enumerate(runs):
+            answers = run.values()
+            imagined = [right for _, right, has_imagery in answers if has_imagery]
+            plain = [right for _, right, has_imagery in answers if not has_imagery]
+            mixed = mixed or bool(imagined and plain)
+            cells = [[has_imagery for _, _, has_imagery in answers], imagined, plain, imagined + plain]
+            lines.append(f"| {kind} {index} | " + " | ".join(map(percent, cells)) + " |")
+    return lines if mixed else []
+
+
 if __name__ == "__main__":
     c = override_constants(globals())
     kinds = read_kinds(c.RUNS)
@@ -110,3 +133,6 @@ if __name__ == "__main__":
     print("\n".join(scores))
     if len(kinds) > 1:
         print("\n" + "\n".join(losses))
+    by_imagery = split_by_imagery(kinds)
+    if by_imagery:
+        print("\n" + "\n".join(by_imagery))
