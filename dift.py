@@ -143,12 +143,12 @@ def split_files(data, cot):
     return data, test if test.is_file() else data
 
 
-def make_toy_data(data, test_file, rank):
+def make_toy_data(data, rank):
     """Runs generate_data.py where DATA does not exist, or is a toy set that a kill left unfinished."""
     is_folder = Path(data).suffix != ".jsonl"
     is_ours = not Path(data).exists() or Path(data, "constants.json").exists()
-    # a set's test files come last
-    if rank == 0 and is_folder and is_ours and not test_file.exists():
+    # a set's meta.json comes last
+    if rank == 0 and is_folder and is_ours and not Path(data, "meta.json").exists():
         script = Path(__file__).with_name("generate_data.py")
         done = subprocess.run([sys.executable, script, f"OUT={data}"])
         require(done.returncode == 0, f"generate_data.py could not make {data}; see above.")
@@ -185,7 +185,7 @@ if __name__ == "__main__":
 
     # data: the toy world is made where there is none
     train_file, test_file = split_files(c.DATA, c.COT)
-    make_toy_data(c.DATA, test_file, rank)
+    make_toy_data(c.DATA, rank)
     rows = read_rows(train_file, with_answers=True)
     test_rows = read_rows(test_file) if c.TEST_ROWS else []
     test_rows = with_keys(test_rows, print0)

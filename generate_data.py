@@ -878,15 +878,15 @@ def open_folder(out, constants):
     """Makes a folder, or checks that what it holds has the same constants -> whether it is finished."""
     # An empty folder may be used, one with other files may not.
     path = out / "constants.json"
-    others = [entry for entry in out.glob("*") if not is_leftover(entry)]
-    is_ours = path.exists() or not others
+    is_ours = path.exists() or all(is_leftover(entry) for entry in out.glob("*"))
     require(is_ours, f"{out} holds something else; set OUT to a new folder.")
     take_lock(out)
     remove_leftovers(out)
-    before = read_json(path, dict, "set OUT to a new folder") if path.exists() else {}
-    # Constants that a folder does not know were added to the program since; they change nothing there.
-    now = json.loads(json.dumps(constants))  # tuples become lists, as in the file
-    changed = [name for name, value in now.items() if before.get(name, value) != value]
+    # Constants that a folder does not know were added to the program since: it was made with their defaults.
+    defaults = {name: globals().get(name, value) for name, value in constants.items()}
+    now, defaults = json.loads(json.dumps([constants, defaults]))  # tuples become lists, as in the file
+    before = read_json(path, dict, "set OUT to a new folder") if path.exists() else now
+    changed = [name for name, value in now.items() if before.get(name, defaults[name]) != value]
     require(not changed, f"{out} was made with another {', '.join(changed)}; set OUT to a new folder.")
     # Constants come first: a folder without them is not ours.
     write_json(path, constants)

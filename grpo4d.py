@@ -113,6 +113,7 @@ class Group:
 
     index: int  # of its row
     prompt: Sample
+    repeat: int = 0  # how often the question stands before in this step: GLOBAL_BATCH may exceed the rows
     completions: list = field(default_factory=list)  # G Completions
     scores: list = field(default_factory=list)  # {part of the reward: value} of each
 
@@ -243,8 +244,10 @@ def answer_generator(seed, step, question, number):
 def draw_questions(policy, rows, step, c, rank, world):
     """The questions of a step that are this process's -> [Group], by length so that little is padding."""
     groups = []
-    for index in rows_of_step(step, len(rows), c.GLOBAL_BATCH, c.SEED):
-        groups.append(Group(index, encode_row(policy, rows[index], answer=False)))
+    drawn = rows_of_step(step, len(rows), c.GLOBAL_BATCH, c.SEED)
+    for place, index in enumerate(drawn):
+        prompt = encode_row(policy, rows[index], answer=False)
+        groups.append(Group(index, prompt, repeat=drawn[:place].count(index)))
     groups.sort(key=lambda group: len(group.prompt.ids))
     return groups[rank::world]
 
@@ -256,7 +259,8 @@ def sample_answers(policy, vision, groups, step, c):
         prompts = [group.prompt for group in part]
         generators = []
         for group in part:
-            generators += [answer_generator(c.SEED, step, group.index, n) for n in range(c.G)]
+            numbers = range(group.repeat * c.G, (group.repeat + 1) * c.G)
+            generators += [answer_generator(c.SEED, step, group.index, n) for n in numbers]
         answers = generate(policy, prompts, c.MAX_NEW, vision, c.TEMPERATURE, generators=generators)
         for number, group in enumerate(part):
             group.completions = answers[number * c.G : (number + 1) * c.G]

@@ -30,7 +30,7 @@ from lib.distributed import autocast
 from lib.fast import install_fast_paths
 from lib.images import load_patches, patch_grid
 from lib.loading import check_latent_config, check_pixels, check_settings, check_vocabulary
-from lib.loading import load_network, load_tokenizer, read_suffix
+from lib.loading import knows_latents, load_network, load_tokenizer, read_suffix
 from lib.rows import LETTERS, PLACEHOLDER
 from lib.text import as_text, tokenize
 
@@ -469,18 +469,18 @@ class Thinker(nn.Module):
         logp = self.log_probs(text_hidden, text_ids, forbid, temperature)
         return logp, imagined, targets
 
-    @torch.no_grad()
     def own_latents(self, batch, x, mask, targets):
         """SELF_FED (ours): targets (n_latent, D); in self-fed rows, the model's own imagery instead.
 
         A first pass over the true latents gives h_{t-1} of all positions t at once, scaled as at inference.
         None stays None: pads, or a micro-batch without imagery.
         """
-        imagined = self.text(x, batch.positions, mask, read=batch.latent_at - 1)
+        with torch.no_grad():
+            own = self.feedback(self.text(x, batch.positions, mask, read=batch.latent_at - 1))
         if targets is None:
             return None
         is_self_fed = batch.is_self_fed.flatten()[batch.latent_at]
-        return torch.where(is_self_fed[:, None], self.feedback(imagined).to(targets.dtype), targets)
+        return torch.where(is_self_fed[:, None], own.to(targets.dtype), targets)
 
     def forward_answers(self, batch, latents, forbid, temperature):
         """The same for 4DRL: rows are G answers to each of batch.prompts, and each prompt is read once."""
@@ -708,8 +708,7 @@ def load_model(path, device="cpu", K=None, pooling=None, suffix=None, fast=True,
     tokenizer = load_tokenizer(path, LATENT_FIELDS)
     # their K, pooling and ids must agree with what was asked for; new tokens get new rows
     latent_ids = dict(zip(LATENT_FIELDS.values(), tokenizer.convert_tokens_to_ids(list(LATENT_FIELDS))))
-    stored = getattr(qwen.config, "latent_size", None)
-    if stored or (stored == 0 and (not K or getattr(qwen.config, "imagery", "") == "markers")):
+    if knows_latents(qwen.config, K, settings.get("imagery")):
         check_latent_config(qwen.config, latent_ids, path, K, pooling)
         check_vocabulary(path, qwen, tokenizer)
     else:

@@ -26,7 +26,7 @@ COLUMNS = {  # names that some files have for the same thing
 }
 TOY_GROUPS = {  # of generate_data.py's toy questions
     "camera (both)": ("camera_single", "camera_pair"),
-    "follow, 2 or more": ("follow_2", "follow_3", "follow_4"),
+    "follow, 2 or more": tuple(f"follow_{count}" for count in range(2, 21)),  # as EXCHANGES allows
 }
 
 

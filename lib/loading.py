@@ -352,6 +352,18 @@ def check_pixels(path, config):
     require(low <= high, f"{path}: MIN_PIXELS={low} is above MAX_PIXELS={high}; lower it.")
 
 
+def knows_latents(config, K, imagery):
+    """Whether a checkpoint's latent tokens were trained, for a requested K and IMAGERY (None: any).
+
+    A base that never imagined (latent_size 0) is new to them, unless it is asked for no imagery. One that was
+    trained with IMAGERY=markers has latent_size 0 as well, and knows its delimiters.
+    """
+    stored = getattr(config, "latent_size", None)
+    if stored == 0 and getattr(config, "imagery", "") != "markers":
+        return not K and imagery != "markers"
+    return stored is not None
+
+
 def check_latent_config(config, latent_ids, path, K, pooling):
     """Ends the program if the checkpoint's K, pooling or latent ids are not the requested ones."""
     config.latent_pooling = getattr(config, "latent_pooling", "strips")  # release: contiguous groups

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from statistics import stdev
 
@@ -133,7 +134,8 @@ def average(values):
     if isinstance(values[0], dict):
         return {name: average([value[name] for value in values]) for name in values[0]}
     if isinstance(values[0], list):
-        columns = zip(*(value for value in values if value))
+        # one seed may imagine further than another: missing entries are None, and do not count
+        columns = zip_longest(*(value for value in values if value))
         return [average(column) for column in columns]
     if len(set(values)) == 1:
         return values[0]

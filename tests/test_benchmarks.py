@@ -355,6 +355,7 @@ def test_mean_and_spread_over_seeds(tmp_path, capsys):
     runs = [evaluate.summarise(judged(rows, texts)) | more[n] for n, texts in enumerate(answers)]
     for n, retrieval in enumerate((0.5, None, 1.0)):  # the second run imagined nothing
         runs[n]["imagery"] |= {"retrieval": retrieval, "cosine": [] if retrieval is None else [retrieval] * 2}
+        runs[n]["imagery"]["object_by_block"] = [[0.5, 0.25], [], [1.0]][n]  # the first imagined further
     summary = scores.average_over_seeds(runs)
     micro = summary["scores"]["micro"]
     assert (micro["n"], micro["correct"]) == (6, pytest.approx(14 / 3))
@@ -371,6 +372,7 @@ def test_mean_and_spread_over_seeds(tmp_path, capsys):
     assert summary["no_answer"] == pytest.approx(1 / 3)
     assert summary["imagery"]["retrieval"] == pytest.approx(0.75)
     assert summary["imagery"]["cosine"] == [0.75, 0.75]
+    assert summary["imagery"]["object_by_block"] == [0.75, 0.25]
     assert (summary["seeds"], summary["settings"], summary["left_out"]) == (3, {"seed": 4}, ["one"])
     assert "note" in runs[0]["scores"]["micro"] and runs[0]["scores"]["micro"]["note"] == ""
     evaluate.print_table(summary)
@@ -585,6 +587,8 @@ def test_several_seeds_in_one_run(bench, monkeypatch, capsys):
         ("RUNS=0",): "2 or more",
         ("RUNS=-1", "TEMPERATURE=0.7"): "2 or more",
         ("RUNS=3", "TEMPERATURE=0"): "TEMPERATURE",
+        ("RUNS=3", "TEMPERATURE=0", "VIDEO=none"): "TEMPERATURE",
+        ("RUNS=3", "TEMPERATURE=0", "LATENTS=zero"): "TEMPERATURE",
     }.items():
         again = words(bench, bench / "none", *more)
         refused(lambda again=again: run_script(monkeypatch, "tools/seeds.py", *again), more[0], advice)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from helpers import refused, run_script, write_answers
 
@@ -24,16 +25,28 @@ def test_the_table_is_the_one_worked_by_hand(runs):
     scores, losses = compare_runs.compare(compare_runs.read_kinds(runs))
     of_questions = (0.375**2 * 2 + 0.625**2 + 0.125**2) / 3
     of_runs = 0.125**2 * 2
-    half = 196 * math.sqrt(of_questions / 4 + of_runs / 2)
+    freedom = (of_questions / 4 + of_runs / 2) ** 2 / ((of_questions / 4) ** 2 / 3 + (of_runs / 2) ** 2)
+    assert 3 < freedom < 4  # Student's t with 3 is 3.18
+    half = 318 * math.sqrt(of_questions / 4 + of_runs / 2)
     assert scores[0] == "| right answers in % (runs) | n | good (2) | poor (1) |"
     assert scores[-1].startswith(f"| all | 4 | 62.5 ± {half:.1f} | 25.0 ± ")
-    # below: 0, 1, 0, 0.5 of four questions
-    of_questions = (0.375**2 * 2 + 0.625**2 + 0.125**2) / 3
-    half = 196 * math.sqrt(of_questions / 4 + of_runs / 2)
+    # below: 0, 1, 0, 0.5 of four questions, which vary as much as the shares
     assert losses[-1] == f"| all | +37.5 ± {half:.1f} |"
     names = [line.split(" | ")[0] for line in scores[2:]]
     assert names == ["| follow_1", "| follow_2", "| follow_3", "| follow, 2 or more", "| all"]
     assert scores[5].startswith("| follow, 2 or more | 3 | 50.0 ± ")
+    # the same runs, named one by one
+    listed = runs.replace("good_*/eval", "good_0/eval," + runs.split()[0].split("=")[1].replace("*", "1"))
+    assert compare_runs.compare(compare_runs.read_kinds(listed)) == (scores, losses)
+
+
+@pytest.mark.parametrize("freedom", [*range(1, 11), 11, 15, 40, 1000])
+def test_the_factor_is_students(freedom):
+    """95 % of Student's density lie within it."""
+    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
+    x = np.linspace(0, compare_runs.t_95(freedom + 0.5), 20001)
+    density = math.exp(log_scale) * (1 + x * x / freedom) ** (-(freedom + 1) / 2)
+    assert 2 * np.trapezoid(density, x) == pytest.approx(0.95, abs=1e-3)
 
 
 def test_one_kind_has_no_second_table(runs, monkeypatch, capsys):

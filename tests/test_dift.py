@@ -734,14 +734,15 @@ def test_a_missing_folder_is_made(tiny, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_half_made_is_made_to_its_end(tiny, tmp_path, monkeypatch):
-    """As a kill of the first command leaves it: constants.json alone. Other folders are left."""
+    """As a kill of the first command leaves it: all but the last file, meta.json. Other folders are left."""
     commands, folder = [], tmp_path / "half"
     folder.mkdir()
     (folder / "constants.json").write_text("{}")
+    write_data(folder)
 
     def fake_run(command, **settings):
         commands.append(str(command[-1]))
-        write_data(folder)
+        (folder / "meta.json").write_text("{}")
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", fake_run)

@@ -285,6 +285,19 @@ def test_rows_that_read_their_own_imagery(tiny, rows):
     assert (results[0][0] - true_logp)[count:].abs().max() > 1e-3
 
 
+def test_a_pooling_with_weights_learns_from_rows_that_read_true_latents(tiny, rows):
+    """Beside a self-fed row, too: only that row's latents are the model's own, and have no gradient."""
+    model = lively(tiny)
+    samples = [encode_row(model, rows[0]), encode_row(model, rows[1], self_fed=True)]
+    batch = VisionCache(model).prepare(collate(samples, model.token_id["pad"]))
+    scale = torch.ones(12, 1, requires_grad=True)
+    pool, starts = model.pool, iter(range(0, 12, 4))
+    model.pool = lambda *overlay: pool(*overlay) * scale[(start := next(starts)) : start + 4]
+    logp, _, _ = model(batch)
+    logp.sum().backward()
+    assert (scale.grad[:4] != 0).all() and (scale.grad[4:] == 0).all()
+
+
 def run(tiny, out, *words):
     """Two steps of dift.py in this process -> its log, the checkpoint's folder."""
     base = [f"MODEL={tiny / 'base'}", f"DATA={tiny / 'data'}", f"OUT={out}", "STEPS=2", "TEST_ROWS=0", "K=4"]
@@ -310,6 +323,11 @@ def test_markers_alone_and_pauses(tiny, tmp_path, rows):
     text = model.tokenizer.decode(encode_row(model, rows[0]).ids)
     assert "<|latent_start|><|latent_end|>" in text
     refused(lambda: load_model(folder, K=4), "K=0", "K=4")  # its delimiters are trained
+    # from a base that never imagined, delimiters start as they do with other imagery, whatever the pooling
+    base, ids = tiny / "base", [model.token_id[name] for name in ("latent_start", "latent_end")]
+    one = load_model(base, K=0, pooling="strips", imagery="markers").embed_tokens(torch.tensor(ids))
+    other = load_model(base, K=4, pooling="strips", imagery="pause").embed_tokens(torch.tensor(ids))
+    assert torch.equal(one, other)
 
     log, folder = run(tiny, tmp_path / "pause", "IMAGERY=pause")
     assert log[0]["sim"] == 0 and log[0]["latents"] > 0

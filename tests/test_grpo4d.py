@@ -7,6 +7,7 @@ import runpy
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from safetensors.torch import load_file
 
 import evaluate
 import model as model_py
-from grpo4d import REWARD_WEIGHTS, Group, advantages, answer_generator, answer_sample, grpo_loss, log_line
-from grpo4d import pack, reward, token_sums, total_rewards
+from grpo4d import REWARD_WEIGHTS, Group, advantages, answer_generator, answer_sample, draw_questions
+from grpo4d import grpo_loss, log_line, pack, reward, sample_answers, token_sums, total_rewards
 from lib import distributed
 from lib.checkpoints import newest_checkpoint, save_checkpoint
 from lib.fast import TargetLogProbs
@@ -398,6 +399,21 @@ def test_the_sampler_drew_from_these_log_probs(groups, tables):
                     assert low - 1e-4 <= uniform[t].item() <= total[token].item() + 1e-4
                     drawn += 1
     assert drawn > 150
+
+
+def test_a_question_that_stands_twice_in_a_step_is_answered_anew(policy, vision, rows):
+    """A GLOBAL_BATCH of three times the rows: a question's first group is as ever, the others differ."""
+    c = SimpleNamespace(GLOBAL_BATCH=6, SEED=1, G=2, ROLLOUT_BATCH=6, MAX_NEW=12, TEMPERATURE=HOT)
+    drawn = draw_questions(policy, rows[:2], 0, c, 0, 1)
+    sample_answers(policy, vision, drawn, 0, c)
+    for index in range(2):
+        of_question = [group for group in drawn if group.index == index]
+        assert sorted(group.repeat for group in of_question) == [0, 1, 2]
+        answers = {tuple(answer.ids) for group in of_question for answer in group.completions}
+        assert len(answers) == 6
+        first = next(group for group in of_question if group.repeat == 0)
+        alone = generate(policy, [first.prompt], 12, vision, HOT, generators=generators_of(index, range(2)))
+        assert [answer.ids for answer in alone] == [answer.ids for answer in first.completions]
 
 
 def test_an_answer_does_not_depend_on_its_batch(policy, vision, groups):

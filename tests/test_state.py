@@ -690,6 +690,13 @@ def test_damaged_data_is_made_again_or_named(tiny, world, tmp_path):
         (out / "meta.json").write_text('{"torn')
         assert in_child(partial(run_stage, "generate_data", words)) == 0
         assert state_of(out) == whole
+    # a constant that the folder does not know is newer than it, and had its default there
+    constants = json.loads((out / "constants.json").read_text())
+    del constants["SWING"]
+    (out / "constants.json").write_text(json.dumps(constants))
+    refused(lambda: run_stage("generate_data", [*words, "SWING=10"]), "another SWING", "set OUT")
+    release_lock(out)
+    assert in_child(partial(run_stage, "generate_data", words)) == 0
     (out / "constants.json").write_text('{"SEED"')
     refused(lambda: run_stage("generate_data", words), "constants.json is damaged", "set OUT")
     release_lock(out)

@@ -4,10 +4,12 @@
 
 Each pattern names folders that evaluate.py wrote, one for each seed, all about the same questions. Prints two
 tables in Markdown, by subtask and by group of subtasks: each kind's mean over its runs, in %, and what it is
-below the first kind, in points; with half of the 95 % interval. That is 1.96 times √(s_q² / n + s_r² / runs):
-s_q, the standard deviation over questions of the share of runs that are right, says how far other questions
-could move the mean; s_r, that of the scores of the runs, how far other seeds could. One run has no s_r.
-Where some answers of a run have imagery and some have none, a third table says which are right, run by run.
+below the first kind, in points; with half of the 95 % interval, t · √(s_q² / n + s_r² / runs). s_q, the
+standard deviation over questions of the share of runs that are right, says how far other questions could move
+the mean; s_r, that of the scores of the runs, how far other seeds could. t is Student's, with the degrees of
+freedom of Welch and Satterthwaite: 1.96 where questions decide, 4.3 where three seeds do. One run has no s_r:
+its interval says nothing about other seeds. Questions count as independent, though some share a clip.
+Where some answers have imagery and some have none, a third table says which are right, run by run.
 """
 
 import glob
@@ -19,7 +21,11 @@ from lib.benchmarks import TOY_GROUPS
 from lib.command_line import override_constants, require
 from lib.files import read_jsonl
 
-RUNS = "imagery=out/dift*/eval"  # name=pattern of each kind, blanks between; the folders are its seeds
+# name=patterns of each kind, commas between its patterns, blanks between kinds; the folders are its seeds
+RUNS = "imagery=out/dift*/eval"
+
+# how many standard errors half of a 95 % interval has with 1, 2, ... 10 degrees of freedom (Student's t)
+T_95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]
 
 
 def read_answers(folder):
@@ -34,11 +40,13 @@ def read_kinds(text):
     """RUNS -> {kind: [answers of each run]}, all about the same questions."""
     kinds = {}
     for word in text.split():
-        kind, equals, pattern = word.partition("=")
+        kind, equals, patterns = word.partition("=")
         require(kind and equals, f"RUNS: {word!r} is not of the form name=pattern.")
-        folders = sorted(glob.glob(pattern))
-        require(folders, f"RUNS: no folder fits {pattern!r}, the pattern of {kind}.")
-        kinds[kind] = [read_answers(folder) for folder in folders]
+        kinds[kind] = []
+        for pattern in patterns.split(","):
+            folders = sorted(glob.glob(pattern))
+            require(folders, f"RUNS: no folder fits {pattern!r}, a pattern of {kind}.")
+            kinds[kind] += [read_answers(folder) for folder in folders]
     require(kinds, "RUNS names no runs; give name=pattern of each kind.")
     questions = {frozenset(run) for runs in kinds.values() for run in runs}
     require(len(questions) == 1, "RUNS: not all runs answer the same questions; score them on the same DATA.")
@@ -57,12 +65,21 @@ def score_questions(runs, names):
     return of_questions, of_runs
 
 
+def t_95(freedom):
+    """Student's t of a 95 % interval, for fractions of a degree that of the whole number below."""
+    whole = max(1, int(freedom))
+    return T_95[whole - 1] if whole <= len(T_95) else 1.96 + 2.65 / whole  # right to 0.01
+
+
 def estimate(of_questions, spreads):
     """Values of questions, and (s_r, runs) of each kind in them -> (mean, half its interval), in %."""
-    variance = spread(of_questions) ** 2 / len(of_questions)
-    for of_runs, count in spreads:
-        variance += of_runs**2 / count
-    return 100 * mean(of_questions), 196 * math.sqrt(variance)
+    parts = [(spread(of_questions) ** 2 / len(of_questions), len(of_questions))]
+    parts += [(of_runs**2 / count, count) for of_runs, count in spreads]
+    variance = sum(part for part, _ in parts)
+    # each part, estimated from `count` values, is uncertain itself
+    doubt = sum(part**2 / (count - 1) for part, count in parts if count > 1)
+    t = t_95(variance**2 / doubt) if doubt else 0.0
+    return 100 * mean(of_questions), 100 * t * math.sqrt(variance)
 
 
 def group_questions(run):

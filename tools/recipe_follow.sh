@@ -23,6 +23,13 @@ if [ "${TRIAL:-0}" = 1 ]; then
 fi
 data=$ROOT/follow
 
+# the folders <name>_<seed><rest> of all seeds, with commas between them
+of_seeds() {
+    local folders=""
+    for seed in $SEEDS; do folders="$folders,$ROOT/$1_$seed${2:-}"; done
+    echo "${folders#,}"
+}
+
 python generate_data.py OUT=$data $DATA_OPTIONS
 
 # With imagery, and four controls: the same text without it, places in words for it, a block's delimiters alone,
@@ -42,12 +49,15 @@ done
 
 kinds=""
 for kind in imagery noimage verbal markers pause; do
-    kinds="$kinds $kind=$ROOT/follow_${kind}_*/eval"
+    kinds="$kinds $kind=$(of_seeds follow_$kind /eval)"
 done
 python -m tools.compare_runs RUNS="$kinds"
 if [ "${TRIAL:-0}" != 1 ]; then  # a trial scores these on fewer questions
-    latents="zero=$ROOT/follow_imagery_*/eval_latents-zero swap=$ROOT/follow_imagery_*/eval_latents-swap"
-    python -m tools.compare_runs RUNS="imagery=$ROOT/follow_imagery_*/eval $latents"
+    kinds="imagery=$(of_seeds follow_imagery /eval)"
+    for latents in zero swap; do
+        kinds="$kinds $latents=$(of_seeds follow_imagery /eval_latents-$latents)"
+    done
+    python -m tools.compare_runs RUNS="$kinds"
 fi
 first=${SEEDS%% *}
 python -m tools.imagined MODEL=$ROOT/follow_imagery_$first DATA=$data N=20 OUT=$ROOT/imagined.png

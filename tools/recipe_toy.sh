@@ -25,6 +25,13 @@ DIFT_OPTIONS=${DIFT_OPTIONS:-}   # of dift.py
 EVAL_OPTIONS=${EVAL_OPTIONS:-}   # of evaluate.py
 RL_OPTIONS=${RL_OPTIONS:-}       # of grpo4d.py
 
+# the folders <name>_<seed><rest> of all seeds, with commas between them
+of_seeds() {
+    local folders=""
+    for seed in $SEEDS; do folders="$folders,$ROOT/$1_$seed${2:-}"; done
+    echo "${folders#,}"
+}
+
 # 1. Data: clips of the toy world, questions, and chains of thought with and without imagery.
 python generate_data.py OUT=$ROOT/toy $DATA_OPTIONS
 
@@ -55,9 +62,9 @@ done
 python -m tools.mean_of_seeds RUNS="$runs"
 
 # 5. DIFT in tables: right answers by subtask with imagery, without it, and with the controls.
-of_seeds=$ROOT/dift_[0-9]*
-runs="imagery=$of_seeds/eval noimage=$ROOT/noimage_[0-9]*/eval"
-python -m tools.compare_runs RUNS="$runs zero=$of_seeds/eval_latents-zero swap=$of_seeds/eval_latents-swap"
+runs="imagery=$(of_seeds dift /eval) noimage=$(of_seeds noimage /eval)"
+runs="$runs zero=$(of_seeds dift /eval_latents-zero) swap=$(of_seeds dift /eval_latents-swap)"
+python -m tools.compare_runs RUNS="$runs"
 runs="imagery=$ROOT/dift_$first/eval"
 for control in latents-noise latents-oracle video-none video-other video-shuffled; do
     runs="$runs $control=$ROOT/dift_$first/eval_$control"

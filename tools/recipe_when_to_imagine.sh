@@ -29,6 +29,13 @@ fi
 data=$ROOT/imagine
 once=$ROOT/imagine_once  # look-alikes of which two change places once
 
+# the folders <name>_<seed><rest> of all seeds, with commas between them
+of_seeds() {
+    local folders=""
+    for seed in $SEEDS; do folders="$folders,$ROOT/$1_$seed${2:-}"; done
+    echo "${folders#,}"
+}
+
 python generate_data.py OUT=$data $DATA_OPTIONS
 python generate_data.py OUT=$once $ONCE_OPTIONS
 cat $data/train_imagery.jsonl $data/train_noimage.jsonl > $data/half.jsonl
@@ -50,6 +57,6 @@ for seed in $SEEDS; do
 done
 # means of the seeds: greedy answers to its held-out questions and to those with one exchange, then sampled ones
 for kind in compound single; do
-    python -m tools.compare_runs RUNS="before=$ROOT/half_4drl_*/before/$kind after=$ROOT/half_4drl_*/after/$kind"
+    python -m tools.compare_runs RUNS="before=$(of_seeds half_4drl /before/$kind) after=$(of_seeds half_4drl /after/$kind)"
 done
-python -m tools.compare_runs RUNS="before=$ROOT/half_[0-9]_sampled after=$ROOT/half_4drl_*_sampled"
+python -m tools.compare_runs RUNS="before=$(of_seeds half _sampled) after=$(of_seeds half_4drl _sampled)"

@@ -23,8 +23,8 @@ TOP_P = 0.9  # > 0, <= 1; share of the probability that is sampled from (release
 
 if __name__ == "__main__":
     c = override_constants(globals(), base=vars(evaluate))
-    # the seed also chooses the other videos, orders, noise and latents of the controls
-    runs_differ = c.TEMPERATURE > 0 or c.VIDEO or c.LATENTS
+    # the seed also chooses the videos, orders, noise and latents of some controls
+    runs_differ = c.TEMPERATURE > 0 or c.VIDEO in ("other", "shuffled") or c.LATENTS in ("noise", "swap")
     require(runs_differ, f"RUNS={c.RUNS} needs a TEMPERATURE above 0, as greedy answers are alike.")
     rank, world, device = init_distributed()
     rows = evaluate.load_questions(c, rank, world)
