@@ -1,11 +1,11 @@
-"""Dynamic-Imagery Fine-Tuning (paper Sec. 3.2): text by cross-entropy, imagery by cosine, vision frozen.
+r"""Dynamic-Imagery Fine-Tuning (paper Sec. 3.2): text by cross-entropy, imagery by cosine, vision frozen.
 
 In:  a Qwen2.5-VL checkpoint (MODEL) and rows whose chain of thought holds `<output_image>` (DATA).
 Out: OUT/step_*/ (checkpoints), OUT/log.jsonl, and after the last step OUT/eval/ with scores, picture, report.
 
     python dift.py                                        # laptop: the toy data is made first if missing
-    python dift.py MODEL=Qwen2.5-VL-3B-Instruct DATA=data/dift_data.jsonl POOLING=strips LR=1e-5 \\
-        K=4 GLOBAL_BATCH=8 WARMUP=10 BETA2=0.999 MICRO_BATCH=1 TEST_BATCH=8 W_CE=0.1 W_SIM=1.0 \\
+    python dift.py MODEL=Qwen2.5-VL-3B-Instruct DATA=data/dift_data.jsonl POOLING=strips LR=1e-5 \
+        K=4 GLOBAL_BATCH=8 WARMUP=10 BETA2=0.999 MICRO_BATCH=1 TEST_BATCH=8 W_CE=0.1 W_SIM=1.0 \
         W_SIM_END=1.0 CHECKPOINTING=True CACHE_FEATURES=False OUT=out/dift_3b    # one GPU
     torchrun --nproc_per_node=8 dift.py ...               # the same run on eight; PARALLEL=fsdp for 7B
 

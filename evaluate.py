@@ -284,11 +284,11 @@ def apply_video_control(rows, index, settings):
     return dataclasses.replace(row, image_input=frames, times=times, text_input=question)
 
 
-def make_feed(kind, names, tables, pad, K, seed):
+def make_feed(kind, indices, tables, pad, K, seed):
     """What generate feeds in latent blocks, feed(own (B, D), block (B,), k (B,)) -> (B, D); None for "".
 
-    names: of the rows, they seed the noise; pad (D,); tables: per row the latents (n, K, D) to swap in (from
-    the first again when there are more blocks) or the true ones (its own stay when there are more).
+    indices: of the rows, they seed the noise; pad (D,); tables: per row the latents (n, K, D) to swap in
+    (from the first again when there are more blocks) or the true ones (its own stay when there are more).
     Rows outside a block, whose k is K or more, keep what they have.
     """
 
@@ -298,7 +298,7 @@ def make_feed(kind, names, tables, pad, K, seed):
             return pad.to(own)
         # noise of the same norm, by question, block and place: it does not depend on batch-mates
         if kind == "noise":
-            number = random.Random(f"{seed} {names[row]} {block} {k}").getrandbits(60)
+            number = random.Random(f"{seed} {indices[row]} {block} {k}").getrandbits(60)
             noise = torch.randn(len(own), generator=torch.Generator().manual_seed(number)).to(own)
             return noise * own.norm() / noise.norm()
         if kind == "swap" and len(tables[row]):
@@ -356,7 +356,7 @@ class TrueLatents:
 # ---------------------------------------------------------------- answering
 
 
-def answer(model, rows, batch, settings, truth, vision=None):
+def answer(model, rows, indices, settings, truth, vision=None):
     """Answers the rows of the given indices together -> their Results, with latents.
 
     swap: the latents come from a first, plain pass over a question of the same subtask on another clip.
@@ -364,26 +364,26 @@ def answer(model, rows, batch, settings, truth, vision=None):
     # latents that two of the controls feed in the place of the model's own
     tables = None
     if settings.latents == "oracle":
-        tables = truth(batch)
+        tables = truth(indices)
     if settings.latents == "swap":
-        donors = [choose_other(rows, i, settings.seed) for i in batch]
+        donors = [choose_other(rows, i, settings.seed) for i in indices]
         plain = dataclasses.replace(settings, latents="")
         tables = [result.latents for result in answer(model, rows, donors, plain, truth, vision)]
-    feed = make_feed(settings.latents, batch, tables, model.pad_embedding(), model.K, settings.seed)
+    feed = make_feed(settings.latents, indices, tables, model.pad_embedding(), model.K, settings.seed)
 
     # an answer depends on the seed and the question, not on its batch-mates
     generators = []
-    for i in batch:
+    for i in indices:
         number = random.Random(f"{settings.seed} {i}").getrandbits(60)
         generators.append(torch.Generator().manual_seed(number))
 
     # the prompts, and what the model writes after them
-    shown = [apply_video_control(rows, i, settings) for i in batch]
+    shown = [apply_video_control(rows, i, settings) for i in indices]
     samples = [encode_row(model, row, answer=False) for row in shown]
     sampling = (settings.temperature, settings.top_p, generators)
     with autocast(model.device):
         completions = generate(model, samples, settings.max_new, vision, *sampling, feed)
-    return [score_answer(rows[i], i, given, model.K) for i, given in zip(batch, completions)]
+    return [score_answer(rows[i], i, given, model.K) for i, given in zip(indices, completions)]
 
 
 def plan_batches(rows, indices, size):

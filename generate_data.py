@@ -1,4 +1,4 @@
-"""Videos, overlays, questions and chains of thought (paper Sec. 3.1): a toy 3-D world, or real footage.
+r"""Videos, overlays, questions and chains of thought (paper Sec. 3.1): a toy 3-D world, or real footage.
 
 In:  nothing (SOURCE="toy"), or VIDEOS: a folder in SpatialVID's layout (SOURCE="spatialvid") or any folder
      of videos (SOURCE="videos", "questions"); docs/data.md says which files are read
@@ -11,7 +11,7 @@ Out: OUT/{train,test}_{imagery,noimage,verbal}.jsonl  questions on disjoint clip
     python generate_data.py TRAIN_CLIPS=64000 SIZE=84 OUT=out/big             # more, for a GPU run
     python generate_data.py SOURCE=videos VIDEOS=clips OUT=out/own            # any videos, no masks needed
     python generate_data.py SOURCE=spatialvid SEGMENTER=files MAX_SIDE=640 VIDEOS=SpatialVID OUT=out/real
-    python generate_data.py SOURCE=spatialvid SEGMENTER=sam3 ANNOTATOR=api MODEL=gpt-4.1 WORKERS=1 \\
+    python generate_data.py SOURCE=spatialvid SEGMENTER=sam3 ANNOTATOR=api MODEL=gpt-4.1 WORKERS=1 \
         MAX_SIDE=640 VIDEOS=SpatialVID OUT=out/real       # one GPU and an OpenAI-compatible endpoint
 
 The stage is numpy on WORKERS processes, without a GPU; under torchrun the first process does it
@@ -83,7 +83,7 @@ FOLLOWED = (2, 4)  # 1 to 4; look-alikes asked about: of a train clip, of a test
 OVERLAYS = (2, 3)  # >= 2, rising; fewest and most of a moving object, its ends always in (paper: 2 to 5)
 # toy world
 SIZE = 56  # 8 to 4096; side of a square frame, pixels (ours)
-FRAMES = 8  # 4 to 1000; frames of a clip (ours)
+FRAMES = 8  # 4 to 1000; frames of a clip, look-alikes apart (ours)
 SPACINGS = (1.0, 2.0)  # > 0, <= 1e6, rising, any length; seconds between frames, one drawn per clip (ours)
 HFOV = 70.0  # 1 to 170; horizontal field of view, degrees (ours)
 TURNS = ((18.0, 27.0), (18.0, 27.0), (25.0, 40.0))  # 0 to 90, rising; pan, tilt, roll, degrees (ours)
@@ -383,21 +383,22 @@ def make_row(rng, clip, subtask, motions, options, name):
     label alone is said. The last key frame's thing is asked about. options: 4 texts, the truth first. Each
     key frame's step of the reasoning ends with a placeholder for an overlay.
     """
-    # The question, with times and sizes in its phrase and its options in random order.
+    # A subtask is family_kind; camera and follow have one set of phrases each.
     family, kind = subtask.split("_")
     if family in ("camera", "follow"):
         kind = family
+    # The question, with times and sizes in its phrase and its options in random order.
     ask = vocabulary.phrases_for(kind)["ask"]
     height, width = clip.frames.shape[1:3]
     shown = [(thing, t) for _, thing, keyframes, _ in motions for t in keyframes]
-    thing, last = shown[-1]
+    asked, last = shown[-1]
     begin, end = format_seconds(clip.times[shown[0][1]]), format_seconds(clip.times[last])
-    question = pick_phrase(rng, ask, thing=thing, a=begin, b=end, w=width, h=height)
+    question = pick_phrase(rng, ask, thing=asked, a=begin, b=end, w=width, h=height)
     question, _, key = shuffle_options(rng, question, options)
 
     thoughts = []
-    for kind, highlighted, keyframes, label in motions:
-        phrases = vocabulary.phrases_for(kind)
+    for motion, highlighted, keyframes, label in motions:
+        phrases = vocabulary.phrases_for(motion)
         times = [format_seconds(clip.times[t]) for t in keyframes]
         thoughts.append(write_thought(rng, phrases, highlighted, times, label, f" {lib.rows.PLACEHOLDER} "))
     row = base_row(clip, name, question, " ".join(thoughts), f"{key}. {options[0]}", subtask)
@@ -410,7 +411,7 @@ def make_row(rng, clip, subtask, motions, options, name):
     for shown_thing, t in shown:
         location = centroid_and_area(clip.masks[shown_thing][t : t + 1], clip.least_area)
         locations.append(f" It is {describe_location(location)}.")
-    return Draft(row, options[0], key, thing, row["overlay_frames"], locations)
+    return Draft(row, options[0], key, asked, row["overlay_frames"], locations)
 
 
 def camera_rows(rng, clip):

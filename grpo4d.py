@@ -1,12 +1,12 @@
-"""4DRL (paper Sec. 3.3): GRPO on question-answer pairs, gradient on text tokens only, imagery replayed.
+r"""4DRL (paper Sec. 3.3): GRPO on question-answer pairs, gradient on text tokens only, imagery replayed.
 
 In:  a checkpoint of dift.py (MODEL) and rows of a question, options and a key, no chain of thought (DATA).
 Out: OUT/step_*/ (checkpoints), OUT/log.jsonl, OUT/before/ and OUT/after/: answers and scores of held-out
      questions (HOLDOUT in compound/, SINGLES in single/), afterwards with picture and report.
 
     python grpo4d.py                               # laptop: from out/dift, on the toy's compound questions
-    python grpo4d.py MODEL=out/dift_3b DATA=data/rl.jsonl HOLDOUT=data/rl_test.jsonl SINGLES="" STEPS=400 \\
-        GLOBAL_BATCH=8 LR=1e-6 BETA=0.01 MAX_NEW=1024 ROLLOUT_BATCH=1 MICRO_BATCH=1 \\
+    python grpo4d.py MODEL=out/dift_3b DATA=data/rl.jsonl HOLDOUT=data/rl_test.jsonl SINGLES="" STEPS=400 \
+        GLOBAL_BATCH=8 LR=1e-6 BETA=0.01 MAX_NEW=1024 ROLLOUT_BATCH=1 MICRO_BATCH=1 \
         PREFIX=rows CHECKPOINTING=True CACHE_FEATURES=False TEST_BATCH=8           # one GPU
     torchrun --nproc_per_node=8 grpo4d.py ...      # the same run on eight; PARALLEL=fsdp for 7B
 
@@ -390,13 +390,13 @@ if __name__ == "__main__":
         advantage = advantages(rewards).to(device)
 
         # 5: the answers again, with the very latents that were fed, under the frozen reference
-        policy.train(c.CHECKPOINTING)
+        policy.train(c.CHECKPOINTING)  # training mode, for checkpointing alone: it takes no cache of keys
         batches = []
         for start in range(0, len(groups), c.MICRO_BATCH):
             part = slice(start, start + c.MICRO_BATCH)
             batch, latents = pack(policy, vision, groups[part], c.PREFIX, c.LATENT_REPLAY)
             with torch.no_grad(), autocast(device):
-                ref = reference(batch, latents, True, c.TEMPERATURE)[0]  # (n,)
+                ref = reference(batch, latents, forbid=True, temperature=c.TEMPERATURE)[0]  # (n,)
             batches.append((batch, latents, ref, advantage[part].flatten()))
 
         # 6, 7: MU updates on them; every process has as many questions, so as many passes
@@ -406,9 +406,9 @@ if __name__ == "__main__":
             for number, (batch, latents, ref, A) in enumerate(batches):
                 with no_sync(model, when=number + 1 < len(batches)):
                     with autocast(device):
-                        logp = model(batch, latents, True, c.TEMPERATURE)[0]  # (n,)
+                        logp = model(batch, latents, forbid=True, temperature=c.TEMPERATURE)[0]  # (n,)
                         old = old_logp.setdefault(number, logp.detach())
-                        answer = batch.text_at // batch.ids.shape[1]  # (n,)
+                        answer = batch.text_at // batch.ids.shape[1]  # (n,): the row of each token
                         loss, ratio, divergence = grpo_loss(
                             logp, old, ref, A, answer, c.GLOBAL_BATCH * c.G, c.EPSILON, c.BETA, c.KL
                         )

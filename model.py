@@ -475,6 +475,7 @@ class Thinker(nn.Module):
         A first pass over the true latents gives h_{t-1} of all positions t at once, scaled as at inference.
         None stays None: pads, or a micro-batch without imagery.
         """
+        # made without imagery too: under FSDP all processes make the same passes
         with torch.no_grad():
             own = self.feedback(self.text(x, batch.positions, mask, read=batch.latent_at - 1))
         if targets is None:
@@ -733,7 +734,7 @@ def load_model(path, device="cpu", K=None, pooling=None, suffix=None, fast=True,
     for name, token in latent_ids.items():
         setattr(qwen.config, name, token)
 
-    # the one place where FAST puts its methods in the place of this file's
+    # FAST: from here on `text`, `log_probs`, `embed_tokens` and `new_cache` are lib/fast.py's
     model = Thinker(qwen, tokenizer)
     load_extra_weights(path, model)
     if fast:
