@@ -113,9 +113,9 @@ class Group:
 
     index: int  # of its row
     prompt: Sample
-    repeat: int = 0  # how often the question stands before in this step: GLOBAL_BATCH may exceed the rows
     completions: list = field(default_factory=list)  # G Completions
     scores: list = field(default_factory=list)  # {part of the reward: value} of each
+    repeat: int = 0  # how often the question stands before in this step: GLOBAL_BATCH may exceed the rows
 
 
 # ---------------------------------------------------------------- the method
