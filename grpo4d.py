@@ -390,7 +390,7 @@ if __name__ == "__main__":
         advantage = advantages(rewards).to(device)
 
         # 5: the answers again, with the very latents that were fed, under the frozen reference
-        policy.train(c.CHECKPOINTING)  # training mode, for checkpointing alone: it takes no cache of keys
+        policy.train(c.CHECKPOINTING)  # training mode is needed for checkpointing alone
         batches = []
         for start in range(0, len(groups), c.MICRO_BATCH):
             part = slice(start, start + c.MICRO_BATCH)

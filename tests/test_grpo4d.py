@@ -726,6 +726,7 @@ def test_a_step_trains_the_text_and_leaves_vision_alone(world, plain):
     for name, weight in weights.items():
         assert torch.equal(weight, before[name]) is ("visual" in name), name
     assert [entry["step"] for entry in log] == [1, 2] and log[0]["lr"] == log[1]["lr"] == 2e-5
+    assert log[0]["spread"] >= 2 and sum(entry["spread"] for entry in log) >= 4
     for entry in log:
         assert all(math.isfinite(value) for value in entry.values())
         assert entry["reward"] == pytest.approx(entry["acc"] + 0.2 * entry["fmt"]) and entry["acc"] > 0

@@ -25,7 +25,7 @@ from lib.files import read_jsonl
 RUNS = "imagery=out/dift*/eval"
 
 # how many standard errors half of a 95 % interval has with 1, 2, ... 10 degrees of freedom (Student's t)
-T_95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]
+t_table = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]
 
 
 def read_answers(folder):
@@ -68,7 +68,7 @@ def score_questions(runs, names):
 def t_95(freedom):
     """Student's t of a 95 % interval, for fractions of a degree that of the whole number below."""
     whole = max(1, int(freedom))
-    return T_95[whole - 1] if whole <= len(T_95) else 1.96 + 2.65 / whole  # right to 0.01
+    return t_table[whole - 1] if whole <= len(t_table) else 1.96 + 2.65 / whole  # right to 0.01
 
 
 def estimate(of_questions, spreads):
